@@ -1,0 +1,119 @@
+"""Score a checkpoint on a split of its data set.
+
+    python evaluate.py                                            the newest run, on val
+    python evaluate.py runs/darrennet/best.pt --split test        another checkpoint or split
+    python evaluate.py runs/darrennet/best.pt --void-as-background     as the paper scores
+
+By default each prediction is brought to its image's own resolution and void is left out, which is
+the rule of the VOC challenge. One confusion matrix is summed over the whole split.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+
+import data
+import models
+import utils
+
+
+def parse_args(argv=None):
+    """Return the settings."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=Path, help="default: the newest run's best.pt")
+    add("--data", help="as for train.py; default: what the checkpoint was trained on")
+    add("--split", default="val", help="default: %(default)s")
+    add("--tta", action="store_true", help="average with the mirrored image's prediction")
+    add(
+        "--void-as-background",
+        action="store_true",
+        help="the paper's protocol: at the training size, void counted as class 0",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: %(default)s")
+    add("--workers", type=utils.number(int, 1), help="threads that decode images; default: all")
+    add("--out", type=Path, metavar="DIR", help="for metrics.json; default: beside the checkpoint")
+    return parser.parse_args(argv)
+
+
+def score(model, dataset, device, tta=False, void_as_background=False):
+    """Return the confusion matrix (C, C) of a whole split.
+
+    One image at a time, as in predict.py: its masks score exactly what is reported here.
+    """
+    num_classes = len(dataset.classes)
+    cm = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    for index in utils.progress(range(len(dataset)), "scoring"):
+        image, mask = dataset[index]
+        if void_as_background:
+            mask = mask.masked_fill(mask == data.VOID, 0)
+        else:
+            mask = dataset.full_mask(index)
+        images = data.normalize(image[None].to(device))
+        predicted = utils.segment(model, images, mask.shape, tta)[0].cpu()
+        cm += utils.confusion_matrix(predicted, mask, num_classes)
+    return cm
+
+
+def format_table(metrics):
+    """Return the scores as lines of text, a class a line."""
+    lines = [f"{'class':<16}{'IoU':>8}"]
+    for name, value in metrics["iou"].items():
+        lines.append(f"{name:<16}" + ("       -" if value is None else f"{value:8.4f}"))
+    lines += [
+        "",
+        f"{'mean IoU':<24}{metrics['mean_iou']:.6f}",
+        f"{'pixel accuracy':<24}{metrics['pixel_accuracy']:.6f}",
+        f"{'frequency-weighted IoU':<24}{metrics['frequency_weighted_iou']:.6f}",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    path = args.checkpoint or utils.newest_checkpoint()
+    checkpoint = utils.load_checkpoint(path)
+    device = utils.select_device(args.device)
+    size = checkpoint["size"]
+    dataset = data.load_dataset(args.data or checkpoint["data"], args.split, size, args.workers)
+    if list(dataset.classes) != checkpoint["classes"]:
+        raise utils.UserError(
+            f"{path}: was trained on {len(checkpoint['classes'])} classes "
+            f"({', '.join(checkpoint['classes'][:3])}, ...), but the data has "
+            f"{len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...); give the --data "
+            "it was trained on"
+        )
+    model = models.from_checkpoint(checkpoint).to(device)
+    cm = score(model, dataset, device, args.tta, args.void_as_background)
+
+    protocol = "own resolution, void ignored"
+    if args.void_as_background:
+        protocol = f"{size}x{size}, void as background"
+    if args.tta:
+        protocol += ", mirrored images averaged"
+    values = [None if math.isnan(value) else value for value in utils.iou(cm).tolist()]
+    metrics = {
+        "mean_iou": utils.mean_iou(cm),
+        "pixel_accuracy": utils.pixel_accuracy(cm),
+        "frequency_weighted_iou": utils.frequency_weighted_iou(cm),
+        "iou": dict(zip(dataset.classes, values)),
+        "protocol": protocol,
+        "split": args.split,
+        "checkpoint": str(path),
+    }
+    print(f"{path}: {checkpoint['model']}, epoch {checkpoint['epoch']}")
+    print(f"{len(dataset)} images of split {args.split}; {protocol}\n")
+    print(format_table(metrics))
+    out = args.out or Path(path).parent
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten to {out / 'metrics.json'}")
+
+
+if __name__ == "__main__":
+    utils.run(main, data.DataError)

@@ -1,0 +1,79 @@
+"""Segment images of your own with a trained checkpoint.
+
+    python predict.py img.jpg                                     the newest run's network
+    python predict.py photos/ --checkpoint runs/darrennet/best.pt --out segmented
+
+Each image gives NAME_mask.png (a palette PNG of class indices, at the image's own size) and
+NAME_overlay.png (the colours over the image, with a legend). The checkpoint says what model it is,
+its classes and their colours: no other flag is needed.
+"""
+
+import argparse
+from pathlib import Path
+
+import data
+import models
+import utils
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+def parse_args(argv=None):
+    """Return the settings."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    add("--checkpoint", type=Path, metavar="FILE", help="default: the newest run's best.pt")
+    add("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
+    add("--tta", action="store_true", help="average with the mirrored image's prediction")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def find_images(paths):
+    """Return the image files among `paths`: files as they are, folders by the images in them."""
+    found = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise utils.UserError(f"{path}: has no images ({', '.join(sorted(SUFFIXES))})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise utils.UserError(f"{path}: does not exist; give images or folders of images")
+    return found
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    paths = find_images(args.images)
+    checkpoint = utils.load_checkpoint(args.checkpoint or utils.newest_checkpoint())
+    device = utils.select_device(args.device)
+    model = models.from_checkpoint(checkpoint).to(device)
+    classes, palette = checkpoint["classes"], checkpoint["palette"]
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in utils.progress(paths, "segmenting"):
+        image = data.load_image(path)
+        images = data.normalize(data.to_tensor(image, checkpoint["size"])[None].to(device))
+        mask = utils.segment(model, images, (image.height, image.width), args.tta)[0].cpu()
+        utils.save_mask(args.out / f"{path.stem}_mask.png", mask, palette)
+        picture = utils.overlay(image, mask, classes, palette)
+        picture.save(args.out / f"{path.stem}_overlay.png")
+
+        shares = utils.class_shares(mask, classes)
+        print(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+        if list(shares) == [classes[0]]:
+            print(
+                f"  nothing but {classes[0]} was found; the mask is black because no pixel is of "
+                "another class, most often because the network was trained too little"
+            )
+    print(f"masks and overlays are in {args.out}")
+
+
+if __name__ == "__main__":
+    utils.run(main, data.DataError)

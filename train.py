@@ -1,0 +1,274 @@
+"""Train a network for semantic segmentation.
+
+    python train.py --model darrennet --augment --cosine     PASCAL VOC 2007, downloaded to data/
+    python train.py --data shapes --model fcn --size 64      drawn shapes, no download
+    python train.py --data DIR --class-weights               a VOC-layout folder of your own
+    python train.py --resume                                 go on with the newest run
+
+A run fills a folder runs/NAME/ with best.pt (the epoch with the best validation mIoU), last.pt (all
+that resuming needs), log.csv, curves.png and samples.png.
+"""
+
+import argparse
+import csv
+import itertools
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+
+import data
+import models
+import utils
+
+
+def make_parser():
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, number = parser.add_argument, utils.number
+    default = "default: %(default)s"
+    add("--model", choices=models.MODELS, default="darrennet", help=default)
+    where = "voc2007 (downloaded to data/), shapes (drawn) or a folder in VOC's layout; " + default
+    add("--data", default="voc2007", metavar="NAME|DIR", help=where)
+    add("--train-split", default="train", metavar="NAME", help=default)
+    add("--val-split", default="val", metavar="NAME", help=default)
+    add("--size", type=number(int, 32, 4096), default=224, help="side of the images; " + default)
+    how = "random flips, or affine transforms (the bare flag); default: off"
+    add("--augment", nargs="?", const="affine", choices=("flip", "affine"), help=how)
+    how = "weigh rare classes more in the loss (bare: inverse frequency); default: off"
+    schemes = ("inverse", "median", "enet")
+    add("--class-weights", nargs="?", const="inverse", choices=schemes, help=how)
+    add("--init", choices=utils.INITIALIZERS, default="kaiming", help=default)
+    add("--epochs", type=number(int, 1), default=100, help=default)
+    add("--batch-size", type=number(int, 1), default=16, help=default)
+    add("--lr", type=number(float, 0, 10), default=1e-3, help="Adam's learning rate; " + default)
+    add("--cosine", action="store_true", help="anneal the learning rate to 0; default: constant")
+    add("--weight-decay", type=number(float, 0, 10), default=0.0, help="decoupled; " + default)
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help=default)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps; " + default)
+    how = "compute in bfloat16 where that is safe; default: on CUDA devices that have it"
+    add("--amp", action=argparse.BooleanOptionalAction, help=how)
+    add("--compile", action="store_true", help="let torch.compile speed the model up")
+    add("--workers", type=number(int, 1), help="threads that decode images; default: all cores")
+    add("--out", type=Path, metavar="DIR", help="the run's folder; default: runs/MODEL, numbered")
+    how = "go on from this last.pt (bare: the newest run's) with the settings stored in it"
+    add("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help=how)
+    return parser
+
+
+def resume(parser, argv, path):
+    """Return (settings, checkpoint) of a stored run; flags that are given again win."""
+    path = utils.newest_checkpoint("last.pt") if path == "newest" else Path(path)
+    checkpoint = utils.load_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise utils.UserError(f"{path}: has no optimizer state; resume from the run's last.pt")
+    parser.set_defaults(**checkpoint["args"], out=path.parent)
+    args = parser.parse_args(argv)
+    if args.model != checkpoint["model"]:
+        raise utils.UserError(f"{path}: is a {checkpoint['model']}, not a {args.model}")
+    return args, checkpoint
+
+
+def new_run_folder(out, model):
+    """Make and return the run's folder: `out`, or else runs/MODEL, runs/MODEL-2, ..."""
+    names = itertools.chain([model], (f"{model}-{n}" for n in itertools.count(2)))
+    out = out or next(path for path in map(Path("runs").joinpath, names) if not path.exists())
+    if (out / "last.pt").exists():
+        raise utils.UserError(
+            f"{out}: holds a run; go on with --resume {out / 'last.pt'} or choose another --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def train_one_epoch(model, loader, weights, optimizer, scheduler, device, args, label):
+    """Take one pass over the training set; return the mean loss of its steps."""
+    model.train()
+    total = 0.0
+    batches = utils.progress(loader, label, args.batch_size, lambda: f"loss {total / step:.4f}")
+    for step, (images, masks) in enumerate(batches, start=1):
+        images, masks = images.to(device), masks.to(device)
+        if args.augment:
+            images, masks = data.augment(images, masks, args.augment)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            logits = model(data.normalize(images))
+        loss = F.cross_entropy(logits.float(), masks.long(), weights, ignore_index=data.VOID)
+        if not math.isfinite(loss.item()):
+            raise utils.UserError(
+                f"{label}, step {step}: the loss is {loss.item()}; the checkpoints are from before "
+                "this epoch; try a smaller --lr, or --no-amp"
+            )
+        total += loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    return total / len(loader)
+
+
+@torch.inference_mode()
+def validate(model, dataset, weights, device, args):
+    """Score a split at the training size, void left out; return (loss, confusion matrix).
+
+    The loss is the mean over all pixels of the split, so it does not depend on the batch size.
+    """
+    model.eval()
+    num_classes = len(dataset.classes)
+    cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    loss_sum = weight_sum = 0.0
+    batches = torch.arange(len(dataset)).split(args.batch_size)
+    for indices in utils.progress(batches, "validation", args.batch_size):
+        images, masks = (tensor.to(device) for tensor in dataset[indices])
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            logits = model(data.normalize(images)).float()
+        cm += utils.confusion_matrix(logits.argmax(1), masks, num_classes)
+        labels = masks.long()
+        loss = F.cross_entropy(logits, labels, weights, ignore_index=data.VOID, reduction="sum")
+        loss_sum += loss.item()
+        weight_sum += weights[labels[labels != data.VOID]].sum().item()
+    return loss_sum / weight_sum, cm
+
+
+def best_row(history):
+    """Return the row of log.csv with the highest validation mIoU, the earliest of equals."""
+    return max(history, key=lambda row: row["val_mean_iou"])
+
+
+def save_epoch(out, history, checkpoint, resume_state):
+    """Write last.pt, log.csv and, where the newest epoch is the best so far, best.pt."""
+    if best_row(history) is history[-1]:
+        utils.save_checkpoint(out / "best.pt", checkpoint)
+    utils.save_checkpoint(out / "last.pt", checkpoint | resume_state | {"history": history})
+    with open(out / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def report_epoch(label, row, epochs_left, cm, classes):
+    """Print an epoch's line, and a word of warning where the network knows one class alone."""
+    print(
+        f"{label}  lr {row['lr']:.1e}  loss {row['train_loss']:.3f}  "
+        f"val loss {row['val_loss']:.3f}  mIoU {row['val_mean_iou']:.4f}  "
+        f"accuracy {row['val_pixel_accuracy']:.1%}  {row['images_per_second']:.1f} images/s  "
+        f"{utils.format_seconds(epochs_left * row['seconds'])} left",
+        flush=True,
+    )
+    predicted = cm.sum(0).nonzero().flatten().tolist()
+    if len(predicted) == 1:
+        print(f"  so far every pixel is labelled {classes[predicted[0]]}")
+
+
+def save_pictures(out, history, dataset, device):
+    """Draw curves.png, and samples.png with the best epoch's predictions for a few images."""
+    checkpoint = utils.load_checkpoint(out / "best.pt")
+    name, size, epoch = checkpoint["model"], checkpoint["size"], checkpoint["epoch"]
+    utils.plot_curves(out / "curves.png", history, f"{name}, {size}x{size}")
+
+    few = torch.linspace(0, len(dataset) - 1, min(5, len(dataset))).long()
+    images, masks = dataset[few]
+    model = models.from_checkpoint(checkpoint).to(device)
+    predicted = utils.segment(model, data.normalize(images.to(device)), (size, size)).cpu()
+    columns = {"truth": masks, "prediction": predicted}
+    title = f"{name}, epoch {epoch}, split {dataset.split}"
+    path = out / "samples.png"
+    utils.plot_samples(path, images, columns, dataset.classes, dataset.palette, title)
+
+
+def main(argv=None):
+    parser = make_parser()
+    args, resumed = parser.parse_args(argv), None
+    if args.resume:
+        args, resumed = resume(parser, argv, args.resume)
+    device = utils.select_device(args.device)
+    if args.amp is None:
+        args.amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.manual_seed(args.seed)
+
+    train_set = data.load_dataset(args.data, args.train_split, args.size, args.workers)
+    val_set = data.load_dataset(args.data, args.val_split, args.size, args.workers)
+    # Whole batches alone: batch norm learns nothing from a single left-over image. Each epoch has
+    # an order of its own, so no image is left out for good.
+    args.batch_size = min(args.batch_size, len(train_set))
+    sampler = BatchSampler(RandomSampler(train_set), args.batch_size, drop_last=True)
+    loader = DataLoader(train_set, sampler=sampler, batch_size=None)  # indexes a batch at a time
+
+    model = models.build_model(args.model, len(train_set.classes))
+    utils.initialize(model, args.init)
+    model.to(device)
+    if args.compile:
+        model.compile()
+    weights = torch.ones(len(train_set.classes), device=device)
+    if args.class_weights:
+        weights = data.class_weights(train_set, args.class_weights).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    steps = args.epochs * len(loader)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2 if args.cosine else 1
+    )
+    history = []
+    if resumed:
+        model.load_state_dict(resumed["state_dict"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        scheduler.load_state_dict(resumed["scheduler"])
+        utils.set_random_state(resumed["random_state"], device)
+        history = resumed["history"]
+    out = args.out if resumed else new_run_folder(args.out, args.model)
+    print(
+        f"{args.data}: {len(train_set)} images to train on, {len(val_set)} to validate on, "
+        f"{len(train_set.classes)} classes\n{args.model}: "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; run in {out}"
+    )
+
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        started, label = time.monotonic(), f"epoch {epoch}/{args.epochs}"
+        row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0]}
+        row["train_loss"] = train_one_epoch(
+            model, loader, weights, optimizer, scheduler, device, args, label
+        )
+        images_per_second = len(loader) * args.batch_size / (time.monotonic() - started)
+        row["val_loss"], cm = validate(model, val_set, weights, device, args)
+        row["val_mean_iou"], row["val_pixel_accuracy"] = (
+            utils.mean_iou(cm),
+            utils.pixel_accuracy(cm),
+        )
+        row["images_per_second"], row["seconds"] = images_per_second, time.monotonic() - started
+        history.append(row)
+        checkpoint = {
+            "model": args.model,
+            "options": {},
+            "classes": list(train_set.classes),
+            "palette": train_set.palette,
+            "size": args.size,
+            "data": args.data,
+            "state_dict": model.state_dict(),
+            "epoch": epoch,
+            "metrics": row,
+        }
+        resume_state = {
+            "args": {k: v for k, v in vars(args).items() if k not in ("out", "resume")},
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "random_state": utils.random_state(device),
+        }
+        save_epoch(out, history, checkpoint, resume_state)
+        report_epoch(label, row, args.epochs - epoch, cm, train_set.classes)
+
+    save_pictures(out, history, val_set, device)
+    best = best_row(history)
+    print(
+        f"best: epoch {best['epoch']}, validation mIoU {best['val_mean_iou']:.4f}, "
+        f"pixel accuracy {best['val_pixel_accuracy']:.1%}\n"
+        f"look at    {out / 'curves.png'} and {out / 'samples.png'}\n"
+        f"score it   python evaluate.py {out / 'best.pt'}\n"
+        f"use it     python predict.py IMAGE --checkpoint {out / 'best.pt'}"
+    )
+
+
+if __name__ == "__main__":
+    utils.run(main, data.DataError)

@@ -1,0 +1,393 @@
+"""Pieces that the scripts share: initialisation, scores, device, checkpoints, pictures, progress."""
+
+import math
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn import functional as F
+
+VOID_COLOR = (224, 224, 192)  # VOC's, for the pixels that an annotator left out
+INITIALIZERS = {
+    "kaiming": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "xavier_normal": nn.init.xavier_normal_,
+}
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message says what and how."""
+
+
+def run(main, *user_errors):
+    """Call a script's `main`; where the user can mend what went wrong, say so in one line.
+
+    UserError, OSError and the further exception classes given end the process with status 2, as
+    argparse's own errors do. All others are bugs, and keep their traceback.
+    """
+    try:
+        sys.exit(main())
+    except (UserError, OSError, *user_errors) as error:
+        message = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def select_device(name="auto"):
+    """Return the torch.device called `name`; `auto` takes CUDA, else Apple's MPS, else the CPU.
+
+    Raises UserError where this machine or this PyTorch has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device '{name}' cannot be used here ({reason}); try --device auto")
+
+
+def initialize(model, scheme):
+    """Set all weights of convolutions and linear layers by PyTorch's initialiser of that name.
+
+    `kaiming`: normal, deviation sqrt(2 / n_in) (He et al. 2015; the paper's eq. 3, put upright).
+    `xavier_uniform`: uniform within +- sqrt(6 / (n_in + n_out)) (Glorot and Bengio 2010; eq. 1).
+    `xavier_normal`: normal, deviation sqrt(2 / (n_in + n_out)) (eq. 2).
+    n_in and n_out are the connections that PyTorch counts (its fan_in and fan_out). Biases become
+    0; batch norms 1 and 0. Raises ValueError for another scheme.
+    """
+    if scheme not in INITIALIZERS:
+        raise ValueError(f"no scheme is called '{scheme}'; choose from {', '.join(INITIALIZERS)}")
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            INITIALIZERS[scheme](module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def confusion_matrix(pred, mask, num_classes, void=255):
+    """Count pixels by true and predicted class, void left out.
+
+    pred, mask: integer tensors of one shape, pred from 0 to num_classes - 1, mask likewise or
+    `void`. Returns int64 (C, C) on their device, rows ground truth, columns prediction. Sum the
+    matrices of a whole split, then score: a mean of per-batch scores depends on the batch size.
+    Raises ValueError for a label outside the classes.
+    """
+    valid = mask != void
+    pairs = mask[valid].long() * num_classes + pred[valid]
+    counts = torch.bincount(pairs, minlength=num_classes**2)
+    if len(counts) > num_classes**2:
+        raise ValueError(f"a label is outside the {num_classes} classes")
+    return counts.view(num_classes, num_classes)
+
+
+def iou(cm):
+    """Return each class's intersection over union from a confusion matrix, float64 (C,), 0 to 1.
+
+    TP / (TP + FP + FN), the paper's equation 5; NaN for a class in neither truth nor prediction.
+    """
+    cm = cm.double()
+    true_positive = cm.diag()
+    return true_positive / (cm.sum(0) + cm.sum(1) - true_positive)
+
+
+def mean_iou(cm):
+    """Return the mean of `iou` over the classes that have one (the paper's equation 6), a float."""
+    return iou(cm).nanmean().item()
+
+
+def pixel_accuracy(cm):
+    """Return the share of pixels whose class is right (the paper's equation 4), a float."""
+    return (cm.diag().sum() / cm.sum()).item()
+
+
+def frequency_weighted_iou(cm):
+    """Return the mean of `iou` weighted by each class's share of the true pixels, a float.
+
+    Long et al. 2015, Fully Convolutional Networks for Semantic Segmentation, section 5.
+    """
+    share = cm.sum(1).double() / cm.sum()
+    return (share * iou(cm)).nansum().item()
+
+
+@torch.inference_mode()
+def segment(model, images, size, tta=False):
+    """Return the class of every pixel for a normalised float batch (N, 3, H, W).
+
+    The probabilities are brought to `size` (height, width) bilinearly before the best class is
+    taken; returns uint8 (N, height, width). `tta` averages them with those of the mirrored image.
+    `model` must be in eval mode. Both evaluate.py and predict.py label pixels with this alone.
+    """
+    probabilities = model(images).float().softmax(1)
+    if tta:
+        probabilities = (probabilities + model(images.flip(-1)).float().softmax(1).flip(-1)) / 2
+    if probabilities.shape[-2:] != tuple(size):
+        probabilities = F.interpolate(probabilities, size, mode="bilinear", align_corners=False)
+    return probabilities.argmax(1).byte()
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dictionary of tensors and plain values to `path`, whole or not at all.
+
+    It goes to a temporary file in the same folder, is flushed to the disk, then renamed, so a
+    crash or a full disk leaves an earlier file at `path` as it was. Raises OSError.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """Return the dictionary that `save_checkpoint` wrote, its tensors on the CPU.
+
+    Its keys are `model` (a name in models.MODELS), `options`, `classes`, `palette`, `size`,
+    `state_dict`, `epoch` and `metrics`; train.py's last.pt has all that resuming needs besides.
+    Only tensors and plain values are read, so a file from a stranger cannot run code. Raises
+    UserError where the file is missing or is no such checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: does not exist; train.py writes checkpoints") from error
+    except Exception as error:  # torch.load raises many kinds for files that it cannot read
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    needed = {
+        "model",
+        "options",
+        "classes",
+        "palette",
+        "size",
+        "state_dict",
+        "epoch",
+        "metrics",
+    }
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise UserError(
+            f"{path}: is not a checkpoint of this project; give one that train.py wrote"
+        )
+    return checkpoint
+
+
+def newest_checkpoint(name="best.pt", runs="runs"):
+    """Return the path of the newest run's checkpoint of that name. Raises UserError where none is."""
+    found = sorted(Path(runs).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(
+            f"there is no checkpoint {runs}/*/{name} yet; train one first "
+            "(python train.py --data shapes --size 64 --epochs 12) or name a file"
+        )
+    return found[-1]
+
+
+def random_state(device):
+    """Return the states of PyTorch's random generators, the CPU's and the device's, as tensors."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def set_random_state(states, device):
+    """Put the generators back to what `random_state` returned; another device's is left alone."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def number(kind, low, high=math.inf):
+    """Return an argparse type: `kind` (int or float) from `low` to `high`, both included."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # also refuses nan
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} from {low}" + (f" to {high}" if high < math.inf else " up")
+    return parse
+
+
+def progress(items, label, images_each=1, status=lambda: ""):
+    """Yield `items`, keeping one line on standard error: share done, images/s, time left, status().
+
+    On a terminal the line is rewritten twice a second and goes away at the end; in a file there
+    is a new line every half minute, so that short work leaves none.
+    """
+    terminal = sys.stderr.isatty()
+    pause = 0.5 if terminal else 30
+    start = shown = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - shown > pause:
+            shown, rate = now, done / (now - start)
+            line = f"{label} {done}/{len(items)}  {rate * images_each:.1f} images/s  {status()}  "
+            line += f"{format_seconds((len(items) - done) / rate)} left"
+            print(
+                f"\r{line}\033[K" if terminal else line,
+                end="" if terminal else "\n",
+                file=sys.stderr,
+            )
+            sys.stderr.flush()
+    if terminal:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def format_seconds(seconds):
+    """Return a duration as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{seconds} s"
+    if minutes < 60:
+        return f"{minutes} min {seconds:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def colorize(mask, palette):
+    """Return a class mask, integers (H, W), as RGB uint8 (H, W, 3); void gets its own colour."""
+    table = np.full((256, 3), VOID_COLOR, np.uint8)
+    table[: len(palette)] = palette
+    return table[np.asarray(mask)]
+
+
+def save_mask(path, mask, palette):
+    """Write a class mask, uint8 (H, W), as a palette PNG whose pixel values are the classes."""
+    image = Image.fromarray(np.asarray(mask), mode="L")
+    image.putpalette(colorize(np.arange(256), palette).tobytes())  # makes it mode P
+    image.save(path)
+
+
+def overlay(image, mask, classes, palette):
+    """Return a PIL RGB picture: the classes' colours over the image, and a legend below it.
+
+    image: PIL RGB; mask: uint8 (H, W) at the image's size. Background (class 0) is left as it
+    is. The legend names the classes that the mask has, with the share of pixels each takes.
+    """
+    mask = np.asarray(mask)
+    colored = Image.fromarray(colorize(mask, palette))
+    strength = Image.fromarray(np.where(mask > 0, 140, 0).astype(np.uint8))
+    blended = Image.composite(colored, image, strength)
+
+    shares = class_shares(mask, classes)
+    size = max(12, min(image.size) // 25)
+    font = ImageFont.load_default(size)
+    entries = [f"{name} {share:.1%}" for name, share in shares.items()]
+    widths = [int(2.5 * size + font.getlength(entry)) for entry in entries]
+    canvas_width = max(image.width, *widths)
+    # Entries go from left to right, and on to a new row where the next would not fit.
+    places, x, y = [], 0, 0
+    for width in widths:
+        if x + width > canvas_width:
+            x, y = 0, y + 2 * size
+        places.append((x, image.height + y))
+        x += width
+    canvas = Image.new("RGB", (canvas_width, image.height + y + 2 * size), "white")
+    canvas.paste(blended, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for (x, y), entry, name in zip(places, entries, shares):
+        box = (x + size // 2, y + size // 2, x + size * 3 // 2, y + size * 3 // 2)
+        draw.rectangle(box, fill=tuple(palette[classes.index(name)]), outline="black")
+        draw.text((x + 2 * size, y + size), entry, font=font, fill="black", anchor="lm")
+    return canvas
+
+
+def class_shares(mask, classes):
+    """Return {class name: share of the pixels} for the classes in a mask, the largest first."""
+    counts = np.bincount(np.asarray(mask).ravel(), minlength=len(classes))
+    order = sorted(np.flatnonzero(counts), key=lambda c: -counts[c])
+    return {classes[c]: counts[c] / counts.sum() for c in order}
+
+
+def plot_curves(path, history, title):
+    """Draw a run's losses and validation scores over the epochs. `history`: the rows of log.csv."""
+    from matplotlib.figure import (
+        Figure,
+    )  # here, so that predict.py does not wait for it
+
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure.suptitle(title)
+    panels = (
+        ("loss", {"train_loss": "training", "val_loss": "validation"}),
+        ("mean IoU, validation", {"val_mean_iou": None}),
+        ("pixel accuracy, validation", {"val_pixel_accuracy": None}),
+    )
+    for axes, (name, lines) in zip(figure.subplots(1, len(panels)), panels):
+        for (column, label), color in zip(lines.items(), ("#0072b2", "#d55e00")):
+            values = [row[column] for row in history]
+            axes.plot(
+                epochs,
+                values,
+                label=label,
+                color=color,
+                marker="." if len(epochs) < 3 else "",
+            )
+        axes.set(title=name, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def plot_samples(path, images, columns, classes, palette, title):
+    """Draw a grid with a row for each image: the image, then its mask in each of `columns`.
+
+    images: uint8 (N, 3, H, W); columns: {heading: uint8 masks (N, H, W)}. Below it, a legend of
+    the classes that appear.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(2.6 * (1 + len(columns)), 2.6 * len(images) + 1), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(len(images), 1 + len(columns), squeeze=False)
+    for row, image in zip(range(len(images)), images):
+        grid[row][0].imshow(image.permute(1, 2, 0).numpy())
+        for axes, masks in zip(grid[row][1:], columns.values()):
+            axes.imshow(colorize(masks[row], palette), interpolation="nearest")
+    for axes, heading in zip(grid[0], ["image", *columns]):
+        axes.set_title(heading)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    present = sorted(set(torch.stack(list(columns.values())).unique().tolist()))
+    named = {c: (classes[c], palette[c]) for c in present if c < len(classes)}
+    if present[-1] >= len(classes):
+        named[present[-1]] = ("void", VOID_COLOR)
+    figure.legend(
+        handles=[
+            Patch(facecolor=np.array(color) / 255, edgecolor="black", label=name)
+            for name, color in named.values()
+        ],
+        loc="outside lower center",
+        ncols=min(5, len(named)),
+        frameon=False,
+    )
+    figure.savefig(path, dpi=100)
