@@ -86,6 +86,16 @@ def new_run_folder(out, model):
     return out
 
 
+def make_optimizer(model, args, steps):
+    """Return (Adam with decoupled weight decay, the schedule of its learning rate by the step)."""
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+
+    def share_of_lr(step):
+        return (1 + math.cos(math.pi * step / steps)) / 2 if args.cosine else 1
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
+
+
 def train_one_epoch(model, loader, weights, optimizer, scheduler, device, args, label):
     """Take one pass over the training set; return the mean loss of its steps."""
     model.train()
@@ -139,11 +149,29 @@ def best_row(history):
     return max(history, key=lambda row: row["val_mean_iou"])
 
 
-def save_epoch(out, history, checkpoint, resume_state):
+def save_epoch(out, history, dataset, model, optimizer, scheduler, device, args):
     """Write last.pt, log.csv and, where the newest epoch is the best so far, best.pt."""
+    checkpoint = {
+        "model": args.model,
+        "options": {},
+        "classes": list(dataset.classes),
+        "palette": dataset.palette,
+        "size": args.size,
+        "data": args.data,
+        "state_dict": model.state_dict(),
+        "epoch": history[-1]["epoch"],
+        "metrics": history[-1],
+    }
     if best_row(history) is history[-1]:
         utils.save_checkpoint(out / "best.pt", checkpoint)
-    utils.save_checkpoint(out / "last.pt", checkpoint | resume_state | {"history": history})
+    checkpoint |= {
+        "args": {k: v for k, v in vars(args).items() if k not in ("out", "resume")},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "random_state": utils.random_state(device),
+        "history": history,
+    }
+    utils.save_checkpoint(out / "last.pt", checkpoint)
     with open(out / "log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
@@ -164,20 +192,28 @@ def report_epoch(label, row, epochs_left, cm, classes):
         print(f"  so far every pixel is labelled {classes[predicted[0]]}")
 
 
-def save_pictures(out, history, dataset, device):
-    """Draw curves.png, and samples.png with the best epoch's predictions for a few images."""
+def finish(out, history, dataset, device):
+    """Draw the curves, and the best epoch's predictions for a few images; say what to do next."""
     checkpoint = utils.load_checkpoint(out / "best.pt")
     name, size, epoch = checkpoint["model"], checkpoint["size"], checkpoint["epoch"]
     utils.plot_curves(out / "curves.png", history, f"{name}, {size}x{size}")
 
-    few = torch.linspace(0, len(dataset) - 1, min(5, len(dataset))).long()
+    few = torch.linspace(0, len(dataset) - 1, min(6, len(dataset))).long()
     images, masks = dataset[few]
     model = models.from_checkpoint(checkpoint).to(device)
     predicted = utils.segment(model, data.normalize(images.to(device)), (size, size)).cpu()
-    columns = {"truth": masks, "prediction": predicted}
-    title = f"{name}, epoch {epoch}, split {dataset.split}"
+    rows = {"truth": masks, "prediction": predicted}
+    title = f"{name}, epoch {epoch}, split {dataset.split}, {size}x{size}"
     path = out / "samples.png"
-    utils.plot_samples(path, images, columns, dataset.classes, dataset.palette, title)
+    utils.plot_samples(path, images, rows, dataset.classes, dataset.palette, title)
+    metrics = checkpoint["metrics"]
+    print(
+        f"best: epoch {epoch}, validation mIoU {metrics['val_mean_iou']:.4f}, "
+        f"pixel accuracy {metrics['val_pixel_accuracy']:.1%}\n"
+        f"look at    {out / 'curves.png'} and {out / 'samples.png'}\n"
+        f"score it   python evaluate.py {out / 'best.pt'}\n"
+        f"use it     python predict.py IMAGE --checkpoint {out / 'best.pt'}"
+    )
 
 
 def main(argv=None):
@@ -206,11 +242,7 @@ def main(argv=None):
     weights = torch.ones(len(train_set.classes), device=device)
     if args.class_weights:
         weights = data.class_weights(train_set, args.class_weights).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    steps = args.epochs * len(loader)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2 if args.cosine else 1
-    )
+    optimizer, scheduler = make_optimizer(model, args, steps=args.epochs * len(loader))
     history = []
     if resumed:
         model.load_state_dict(resumed["state_dict"])
@@ -239,35 +271,10 @@ def main(argv=None):
         )
         row["images_per_second"], row["seconds"] = images_per_second, time.monotonic() - started
         history.append(row)
-        checkpoint = {
-            "model": args.model,
-            "options": {},
-            "classes": list(train_set.classes),
-            "palette": train_set.palette,
-            "size": args.size,
-            "data": args.data,
-            "state_dict": model.state_dict(),
-            "epoch": epoch,
-            "metrics": row,
-        }
-        resume_state = {
-            "args": {k: v for k, v in vars(args).items() if k not in ("out", "resume")},
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "random_state": utils.random_state(device),
-        }
-        save_epoch(out, history, checkpoint, resume_state)
+        save_epoch(out, history, train_set, model, optimizer, scheduler, device, args)
         report_epoch(label, row, args.epochs - epoch, cm, train_set.classes)
 
-    save_pictures(out, history, val_set, device)
-    best = best_row(history)
-    print(
-        f"best: epoch {best['epoch']}, validation mIoU {best['val_mean_iou']:.4f}, "
-        f"pixel accuracy {best['val_pixel_accuracy']:.1%}\n"
-        f"look at    {out / 'curves.png'} and {out / 'samples.png'}\n"
-        f"score it   python evaluate.py {out / 'best.pt'}\n"
-        f"use it     python predict.py IMAGE --checkpoint {out / 'best.pt'}"
-    )
+    finish(out, history, val_set, device)
 
 
 if __name__ == "__main__":

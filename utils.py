@@ -280,7 +280,7 @@ def colorize(mask, palette):
 
 def save_mask(path, mask, palette):
     """Write a class mask, uint8 (H, W), as a palette PNG whose pixel values are the classes."""
-    image = Image.fromarray(np.asarray(mask), mode="L")
+    image = Image.fromarray(np.asarray(mask))
     image.putpalette(colorize(np.arange(256), palette).tobytes())  # makes it mode P
     image.save(path)
 
@@ -343,51 +343,39 @@ def plot_curves(path, history, title):
     for axes, (name, lines) in zip(figure.subplots(1, len(panels)), panels):
         for (column, label), color in zip(lines.items(), ("#0072b2", "#d55e00")):
             values = [row[column] for row in history]
-            axes.plot(
-                epochs,
-                values,
-                label=label,
-                color=color,
-                marker="." if len(epochs) < 3 else "",
-            )
+            axes.plot(epochs, values, ".-" if len(epochs) < 30 else "-", label=label, color=color)
         axes.set(title=name, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
 
-def plot_samples(path, images, columns, classes, palette, title):
-    """Draw a grid with a row for each image: the image, then its mask in each of `columns`.
+def plot_samples(path, images, rows, classes, palette, title):
+    """Draw a grid with a column for each image: the image on top, then its masks row by row.
 
-    images: uint8 (N, 3, H, W); columns: {heading: uint8 masks (N, H, W)}. Below it, a legend of
-    the classes that appear.
+    images: uint8 (N, 3, H, W); rows: {name: uint8 masks (N, H, W)}. Below it, a legend of the
+    classes that appear.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(2.6 * (1 + len(columns)), 2.6 * len(images) + 1), layout="constrained")
+    height = 2.1 * (1 + len(rows)) + 0.9
+    figure = Figure(figsize=(2.1 * len(images), height), layout="constrained")
     figure.suptitle(title)
-    grid = figure.subplots(len(images), 1 + len(columns), squeeze=False)
-    for row, image in zip(range(len(images)), images):
-        grid[row][0].imshow(image.permute(1, 2, 0).numpy())
-        for axes, masks in zip(grid[row][1:], columns.values()):
-            axes.imshow(colorize(masks[row], palette), interpolation="nearest")
-    for axes, heading in zip(grid[0], ["image", *columns]):
-        axes.set_title(heading)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    present = sorted(set(torch.stack(list(columns.values())).unique().tolist()))
-    named = {c: (classes[c], palette[c]) for c in present if c < len(classes)}
-    if present[-1] >= len(classes):
-        named[present[-1]] = ("void", VOID_COLOR)
-    figure.legend(
-        handles=[
-            Patch(facecolor=np.array(color) / 255, edgecolor="black", label=name)
-            for name, color in named.values()
-        ],
-        loc="outside lower center",
-        ncols=min(5, len(named)),
-        frameon=False,
-    )
+    grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
+    pictures = [images.permute(0, 2, 3, 1).numpy()]
+    pictures += [[colorize(mask, palette) for mask in masks] for masks in rows.values()]
+    for line, name, shown in zip(grid, ["image", *rows], pictures):
+        line[0].set_ylabel(name)
+        for axes, picture in zip(line, shown):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+    present = torch.stack(list(rows.values())).unique().tolist()
+    names = [classes[c] if c < len(classes) else "void" for c in present]
+    colors = colorize(np.array(present), palette) / 255
+    handles = [Patch(fc=color, ec="black", label=name) for color, name in zip(colors, names)]
+    columns = min(len(handles), 1 + 4 * len(images) // 3)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=100)

@@ -1,0 +1,277 @@
+"""data.py against torchvision's loader, PIL and figures worked out by hand."""
+
+import functools
+import hashlib
+import http.server
+import math
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import REAL_VOC, write_voc
+from PIL import Image
+from torchvision.datasets import VOCSegmentation
+from torchvision.datasets import voc as torchvision_voc
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+import data
+
+
+def test_color_map_has_the_colors_of_the_voc_devkit():
+    colors = data.color_map(256)
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
+    for index, color in (known | {255: (224, 224, 192)}).items():
+        assert tuple(colors[index]) == color
+
+
+def labels_as_torchvision_reads_them(root, split, size):
+    for _, mask in VOCSegmentation(root, year="2007", image_set=split):
+        mask = TF.resize(mask, [size, size], InterpolationMode.NEAREST)
+        yield torch.from_numpy(np.array(mask))
+
+
+def test_voc_gives_the_labels_of_torchvision(voc):
+    ours = data.VOC(voc, "train", size=48)
+    assert ours.masks.dtype == torch.uint8 and ours.images.shape == (5, 3, 48, 48)
+    for mask, theirs in zip(ours.masks, labels_as_torchvision_reads_them(voc, "train", 48)):
+        assert torch.equal(mask, theirs)
+    assert (ours.masks == data.VOID).any()
+
+
+@pytest.mark.skipif(not REAL_VOC, reason="VOC_ROOT names no VOC 2007")
+@pytest.mark.parametrize("split, count", [("train", 209), ("val", 213)])
+def test_real_voc_gives_the_labels_of_torchvision(split, count):
+    ours = data.VOC(REAL_VOC, split, size=224)
+    theirs = list(labels_as_torchvision_reads_them(REAL_VOC, split, 224))
+    assert len(ours) == len(theirs) == count
+    assert all(torch.equal(a, b) for a, b in zip(ours.masks, theirs))
+
+
+def test_voc_images_and_full_masks(voc):
+    ours = data.VOC(voc, "val", size=40)
+    for index in range(3):
+        image = Image.open(ours.image_paths[index]).resize((40, 40), Image.Resampling.BILINEAR)
+        assert torch.equal(ours[index][0].permute(1, 2, 0), torch.from_numpy(np.array(image)))
+        assert np.array_equal(ours.full_mask(index), np.array(Image.open(ours.mask_paths[index])))
+    images, masks = ours[[2, 0]]
+    assert torch.equal(images[1], ours[0][0]) and torch.equal(masks[0], ours[2][1])
+
+
+def test_the_layout_folder_itself_and_named_classes(tmp_path):
+    root = write_voc(tmp_path / "mine", num_classes=2)
+    (root / "classes.txt").write_text("\ufeffbackground\r\n\r\ncat\r\n", encoding="utf-8")
+    ours = data.VOC(root, "train", size=32)
+    assert ours.classes == ["background", "cat"]
+    assert ours.palette == [[0, 0, 0], [128, 0, 0]]
+
+
+def jpeg_with_orientation(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated 90 degrees clockwise
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, :40] = 255  # white on the left, so on top once upright
+    Image.fromarray(pixels).save(path, exif=exif, quality=100)
+
+
+def test_images_become_upright_rgb(tmp_path):
+    jpeg_with_orientation(tmp_path / "turned.jpg")
+    upright = np.array(data.load_image(tmp_path / "turned.jpg"))
+    assert upright.shape == (80, 40, 3)
+    assert upright[:30].min() > 200 and upright[50:].max() < 50
+
+    red = Image.new("RGB", (8, 8), (250, 10, 20))
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    red.convert("RGBA").save(tmp_path / "alpha.png")
+    red.convert("L").save(tmp_path / "gray.jpg", quality=100)
+    red.quantize(4).save(tmp_path / "palette.png")
+    gray = round(0.299 * 250 + 0.587 * 10 + 0.114 * 20)
+    expected = {"gray.jpg": (gray,) * 3}
+    for name in ("cmyk.jpg", "alpha.png", "gray.jpg", "palette.png"):
+        image = data.load_image(tmp_path / name)
+        assert image.mode == "RGB"
+        color = np.array(expected.get(name, (250, 10, 20)))
+        assert np.abs(np.array(image).astype(int) - color).max() <= 6, name
+
+
+def test_masks_are_never_read_through_their_colors(tmp_path):
+    values = np.array([[0, 3, 255], [7, 0, 20]], np.uint8)
+    gray = Image.fromarray(values)
+    gray.save(tmp_path / "gray.png")
+    gray.putpalette([0, 0, 0] * 256)  # all colours black: only the indices tell
+    gray.save(tmp_path / "palette.png")
+    for name in ("gray.png", "palette.png"):
+        assert np.array_equal(np.array(data.load_mask(tmp_path / name, 21)), values)
+    with pytest.raises(data.DataError, match=r"palette.png: has the values 7, 20, but the 5"):
+        data.load_mask(tmp_path / "palette.png", 5)
+    gray.convert("RGB").save(tmp_path / "rgb.png")
+    with pytest.raises(data.DataError, match="rgb.png: is a mask of kind RGB PNG"):
+        data.load_mask(tmp_path / "rgb.png", 21)
+
+
+# ---------------------------------------------------------------------------------- augmentation
+
+
+def painted_batch(n=8, height=96, width=96):
+    """Return images painted with their own labels, 12 grey levels a class, and the masks."""
+    rng = np.random.default_rng(3)
+    blocks = rng.integers(0, 21, (n, 4, 4))
+    masks = blocks.repeat(height // 4, axis=1).repeat(width // 4, axis=2).astype(np.uint8)
+    masks = torch.from_numpy(masks)
+    return (masks * 12)[:, None].expand(n, 3, height, width).contiguous(), masks
+
+
+def share_of_wrong_paint(images, masks):
+    """Return the share of pixels, away from seams, whose grey is not that of their label."""
+    padded = np.pad(masks.numpy(), ((0, 0), (1, 1), (1, 1)), constant_values=data.VOID)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    inside = (windows.max((3, 4)) == windows.min((3, 4))) & (masks.numpy() != data.VOID)
+    assert inside.mean() > 0.4  # enough is left to judge by
+    paint = masks.numpy().astype(int)[:, None] * 12
+    wrong = np.abs(images.numpy().astype(int) - paint).max(1) > 1
+    return wrong[inside].mean()
+
+
+@pytest.mark.parametrize("mode", ["flip", "affine"])
+@pytest.mark.parametrize("height, width", [(96, 96), (64, 128)])
+def test_augmented_images_stay_painted_with_their_labels(mode, height, width):
+    torch.manual_seed(1)
+    images, masks = painted_batch(height=height, width=width)
+    new_images, new_masks = data.augment(images, masks, mode)
+    assert new_images.dtype == new_masks.dtype == torch.uint8
+    assert not torch.equal(new_masks, masks)
+    assert share_of_wrong_paint(new_images, new_masks) == 0
+    # The same check sees an image that lies three pixels beside its mask.
+    misaligned = data.augment(images.roll(3, -1), masks, mode)
+    assert share_of_wrong_paint(*misaligned) > 0.05
+
+
+def test_flip_is_exact_and_differs_between_samples():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (1, 3, 33, 40), dtype=torch.uint8).repeat(32, 1, 1, 1)
+    masks = torch.randint(0, 21, (1, 33, 40), dtype=torch.uint8).repeat(32, 1, 1)
+    seen = set()
+    for image, mask in zip(*data.augment(images, masks, "flip")):
+        for dims in ((), (-1,), (-2,), (-1, -2)):
+            if torch.equal(image, images[0].flip(dims)):
+                assert torch.equal(mask, masks[0].flip(dims))
+                seen.add(dims)
+                break
+        else:
+            pytest.fail("a sample is no mirror image")
+    assert len(seen) == 4
+
+
+def test_affine_fills_with_void_and_the_mean_color():
+    torch.manual_seed(0)
+    white = torch.full((64, 3, 60, 90), 255, dtype=torch.uint8)
+    images, masks = data.augment(white, torch.ones(64, 60, 90, dtype=torch.uint8))
+    assert set(masks.unique().tolist()) == {1, data.VOID}
+    outside = masks == data.VOID
+    deep = torch.nn.functional.max_pool2d((~outside).float()[:, None], 5, 1, 2)[:, 0] == 0
+    colors = images.permute(0, 2, 3, 1)[deep].float()
+    assert torch.allclose(colors, 255 * torch.tensor(data.MEAN), atol=0.51)
+    assert len({mask.numpy().tobytes() for mask in masks}) > 40
+
+
+def test_normalize_is_torchvisions():
+    images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    expected = TF.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert torch.allclose(data.normalize(images), expected, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------- class weights
+
+
+class TwoMasks:
+    """Class 0: 5 of 10 pixels, class 1: 4 (one image alone), class 2: 1, class 3: none; 2 void."""
+
+    classes = ("a", "b", "c", "d")
+    masks = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 2, 255, 255]], dtype=torch.uint8)
+
+
+def test_class_weights_by_hand():
+    inverse = data.class_weights(TwoMasks, "inverse")
+    assert torch.allclose(inverse, torch.tensor([1 / 1.5, 1 / 1.2, 1 / 0.3, 1.0]))
+    # Shares of the images that show the class: 5/10, 4/6, 1/4; their median is 5/10.
+    median = data.class_weights(TwoMasks, "median")
+    assert torch.allclose(median, torch.tensor([1.0, 0.75, 2.0, 1.0]))
+    enet = data.class_weights(TwoMasks, "enet")
+    expected = [1 / math.log(1.02 + share) for share in (0.5, 0.4, 0.1, 0.0)]
+    assert torch.allclose(enet, torch.tensor(expected))
+
+
+# ----------------------------------------------------------------------------------- shapes
+
+
+def test_shapes_are_the_same_every_time_and_show_every_class():
+    one, two = data.Shapes("val", size=32), data.Shapes("val", size=32)
+    assert torch.equal(one.images, two.images) and torch.equal(one.masks, two.masks)
+    assert not torch.equal(one.images, data.Shapes("test", size=32).images)
+    assert not torch.equal(one.images, data.Shapes("val", size=32, seed=1).images)
+    shares = torch.bincount(one.masks.flatten()).double() / one.masks.numel()
+    assert len(shares) == len(one.classes) == 5 and (shares > 0.03).all()
+
+
+def test_shapes_masks_lie_on_the_drawn_shapes():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        image, mask = data.draw_shapes(rng, 64)
+        pixels, labels = np.asarray(image).astype(float), np.asarray(mask)
+        saturation = pixels.max(2) - pixels.min(2)
+        if 0.05 < (labels > 0).mean() < 0.95:
+            assert saturation[labels > 0].mean() > 1.3 * saturation[labels == 0].mean()
+
+
+# ---------------------------------------------------------------------------------- download
+
+
+@pytest.fixture
+def archives(tmp_path, monkeypatch):
+    """Two small archives on a server of this machine in the place of VOC's own."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for key, splits in {"2007": {"train": 2, "val": 1}, "2007-test": {"test": 2}}.items():
+        write_voc(tmp_path / key / "VOCdevkit" / "VOC2007", splits)
+        archive = tmp_path / f"{key}.tar"
+        with tarfile.open(archive, "w") as tar:
+            tar.add(tmp_path / key / "VOCdevkit", "VOCdevkit")
+        monkeypatch.setitem(
+            torchvision_voc.DATASET_YEAR_DICT,
+            key,
+            torchvision_voc.DATASET_YEAR_DICT[key]
+            | {
+                "url": f"http://127.0.0.1:{server.server_port}/{archive.name}",
+                "md5": hashlib.md5(archive.read_bytes()).hexdigest(),
+            },
+        )
+    yield tmp_path
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_fetches_only_what_is_missing(archives, monkeypatch):
+    monkeypatch.chdir(archives)
+    assert len(data.load_dataset("voc2007", "train", 32)) == 2
+    fetched = sorted(path.name for path in (archives / "data").glob("*.tar"))
+    assert fetched == ["VOCtrainval_06-Nov-2007.tar"]
+    (archives / "2007.tar").unlink()  # it is there already, so it is not asked for again
+    (archives / "data" / "VOCtrainval_06-Nov-2007.tar").unlink()
+    assert len(data.load_dataset("voc2007", "val", 32)) == 1
+    assert len(data.load_dataset("voc2007", "test", 32)) == 2
+
+
+def test_download_of_a_wrong_or_missing_archive_is_one_clear_error(archives, monkeypatch):
+    monkeypatch.chdir(archives)
+    (archives / "2007.tar").write_bytes(b"<html>moved</html>")
+    with pytest.raises(
+        data.DataError, match=r"cannot be downloaded.*VOCtrainval.*md5 [0-9a-f]{32}"
+    ):
+        data.load_dataset("voc2007", "train", 32)
+    assert not (archives / "data" / "VOCdevkit").exists()
+    (archives / "2007-test.tar").unlink()
+    with pytest.raises(data.DataError, match=r"data/VOCtest_06-Nov-2007.tar"):
+        data.load_dataset("voc2007", "test", 32)
