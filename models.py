@@ -3,11 +3,20 @@
     model = build_model("darrennet", num_classes=21)
     logits = model(images)          # float (N, 3, H, W) -> (N, 21, H, W), any H and W from 32 up
 
+    python models.py                # parameters and multiply-adds of all networks
+    python models.py darrennet      # one network, layer by layer
+
 Every network halves the image a few times and doubles it as often. Where a side is odd, halving
 rounds up, so that doubling gives at least the input's size back; what is over is cut off at the
 right and at the bottom, which keeps each output pixel above its input pixel.
 """
 
+import argparse
+import copy
+import os
+import pickle
+import re
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -22,36 +31,34 @@ def conv_relu_bn(conv):
 
 def fcn_decoder(num_classes):
     """Five doublings, 512 channels at 1/32 of the image to 32 at full size, then a 1x1 classifier."""
-    widths = (512, 512, 256, 128, 64, 32)
-    return nn.Sequential(
-        *(
-            conv_relu_bn(nn.ConvTranspose2d(n_in, n_out, 3, stride=2, padding=1, output_padding=1))
-            for n_in, n_out in pairwise(widths)
-        ),
-        nn.Conv2d(32, num_classes, 1),
-    )
+    widths = pairwise((512, 512, 256, 128, 64, 32))
+    convs = (nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=1) for i, o in widths)
+    return nn.Sequential(*map(conv_relu_bn, convs), nn.Conv2d(32, num_classes, 1))
 
 
-class FCN(nn.Module):
-    """The paper's baseline: five strided convolutions down, five transposed convolutions up.
+class EncoderDecoder(nn.Module):
+    """What all networks here are: an encoder, and a decoder that takes what the encoder gives.
 
     Maps float images (N, 3, H, W) to logits (N, num_classes, H, W), H and W from 32 up.
     """
 
-    def __init__(self, num_classes=21):
+    def __init__(self, encoder, decoder):
         super().__init__()
-        widths = (3, 32, 64, 128, 256, 512)
-        self.encoder = nn.Sequential(
-            *(
-                conv_relu_bn(nn.Conv2d(n_in, n_out, 3, stride=2, padding=1))
-                for n_in, n_out in pairwise(widths)
-            )
-        )
-        self.decoder = fcn_decoder(num_classes)
+        self.encoder = encoder
+        self.decoder = decoder
 
     def forward(self, images):
         height, width = images.shape[-2:]
         return self.decoder(self.encoder(images))[..., :height, :width]
+
+
+class FCN(EncoderDecoder):
+    """The paper's baseline: five strided convolutions down, five transposed convolutions up."""
+
+    def __init__(self, num_classes=21):
+        widths = pairwise((3, 32, 64, 128, 256, 512))
+        convs = (nn.Conv2d(n_in, n_out, 3, stride=2, padding=1) for n_in, n_out in widths)
+        super().__init__(nn.Sequential(*map(conv_relu_bn, convs)), fcn_decoder(num_classes))
 
 
 class Downsampler(nn.Module):
@@ -150,25 +157,145 @@ class DarrenNetDecoder(nn.Module):
         return self.output_conv(x)
 
 
-class DarrenNet(nn.Module):
+class DarrenNet(EncoderDecoder):
     """The paper's network: ERFNet (Romera et al. 2018) without the encoder's own output layer.
 
-    Maps float images (N, 3, H, W) to logits (N, num_classes, H, W), H and W from 32 up.
     `dropout` holds the probabilities of dropping a channel in the encoder's 64- and 128-channel
     blocks; the default is ERFNet's.
     """
 
     def __init__(self, num_classes=21, dropout=(0.03, 0.3)):
+        super().__init__(DarrenNetEncoder(dropout), DarrenNetDecoder(num_classes))
+
+
+def double_conv(n_in, n_out):
+    """Two 3x3 convolutions, each with batch norm and ReLU."""
+    layers = []
+    for channels in (n_in, n_out):
+        layers += [nn.Conv2d(channels, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.ReLU(True)]
+    return nn.Sequential(*layers)
+
+
+class UNetEncoder(nn.Module):
+    """Table 6 down to conv10: gives five maps, 64 channels at full size to 1024 at 1/16."""
+
+    def __init__(self):
         super().__init__()
-        self.encoder = DarrenNetEncoder(dropout)
-        self.decoder = DarrenNetDecoder(num_classes)
+        widths = (3, 64, 128, 256, 512, 1024)
+        self.convs = nn.ModuleList(double_conv(n_in, n_out) for n_in, n_out in pairwise(widths))
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
 
     def forward(self, images):
-        height, width = images.shape[-2:]
-        return self.decoder(self.encoder(images))[..., :height, :width]
+        maps = [self.convs[0](images)]
+        for conv in self.convs[1:]:
+            maps.append(conv(self.pool(maps[-1])))
+        return maps
 
 
-MODELS = {"fcn": FCN, "darrennet": DarrenNet}
+class UNetDecoder(nn.Module):
+    """Table 6 from deconv1: doubles the deepest map, joins it to the next, and so on up.
+
+    `widths` are the channels of the maps, the largest map first. The last layer gives logits at
+    the size of the largest map.
+    """
+
+    def __init__(self, widths, num_classes):
+        super().__init__()
+        steps = list(pairwise(reversed(widths)))
+        self.deconvs = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in steps)
+        # The table gives conv17 64 channels in; with the skip, as in conv11 to conv15, it is 128.
+        self.convs = nn.ModuleList(double_conv(2 * o, o) for _, o in steps)
+        self.output = nn.Conv2d(widths[0], num_classes, 1)
+
+    def forward(self, maps):
+        x = maps[-1]
+        for deconv, conv, skip in zip(self.deconvs, self.convs, reversed(maps[:-1])):
+            x = F.relu(deconv(x))[..., : skip.shape[-2], : skip.shape[-1]]
+            x = conv(torch.cat([skip, x], dim=1))
+        return self.output(x)
+
+
+class UNet(EncoderDecoder):
+    """Table 6 (Ronneberger et al. 2015), with padding, batch norm and linear logits."""
+
+    def __init__(self, num_classes=21):
+        super().__init__(UNetEncoder(), UNetDecoder((64, 128, 256, 512, 1024), num_classes))
+
+
+class ResNet34Encoder(nn.Module):
+    """torchvision's ResNet34 without its classifier (He et al. 2015).
+
+    Gives the last map, 512 channels at 1/32 of the image; with `all_maps` a list of five, before
+    it 64 channels at 1/2, 64 at 1/4, 128 at 1/8 and 256 at 1/16. `pretrained` takes the weights
+    that torchvision trained on ImageNet; raises OSError, naming the file, where they can be
+    neither found nor downloaded.
+    """
+
+    def __init__(self, pretrained, all_maps=False):
+        super().__init__()
+        from torchvision.models import ResNet34_Weights, resnet34  # here: it is slow to import
+
+        weights = ResNet34_Weights.IMAGENET1K_V1
+        try:
+            resnet = resnet34(weights=weights if pretrained else None)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+            raise OSError(
+                f"the pretrained ResNet34 cannot be loaded ({error}); save {weights.url} as {path}, "
+                "or train without it: --no-pretrained"
+            ) from error
+        self.all_maps = all_maps
+        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu)
+        self.pool = resnet.maxpool
+        self.layers = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
+
+    def forward(self, images):
+        maps = [self.stem(images)]
+        x = self.pool(maps[0])
+        for layer in self.layers:
+            x = layer(x)
+            maps.append(x)
+        return maps if self.all_maps else x
+
+
+class ResNet34FCN(EncoderDecoder):
+    """Table 5: the baseline's decoder behind ResNet34."""
+
+    def __init__(self, num_classes=21, pretrained=False):
+        super().__init__(ResNet34Encoder(pretrained), fcn_decoder(num_classes))
+
+
+class ResNet34DarrenNet(EncoderDecoder):
+    """DarrenNet's decoder behind ResNet34.
+
+    Two more of the decoder's upsamplers bring ResNet34's 512 channels at 1/32 of the image to the
+    128 at 1/8 that DarrenNet's decoder starts from.
+    """
+
+    def __init__(self, num_classes=21, pretrained=False):
+        decoder = (Upsampler(512, 256), Upsampler(256, 128), DarrenNetDecoder(num_classes))
+        super().__init__(ResNet34Encoder(pretrained), nn.Sequential(*decoder))
+
+
+class ResNet34UNet(EncoderDecoder):
+    """UNet's decoder with ResNet34's five maps; the largest is half the image, so logits double."""
+
+    def __init__(self, num_classes=21, pretrained=False):
+        decoder = UNetDecoder((64, 64, 128, 256, 512), num_classes)
+        doubling = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+        super().__init__(
+            ResNet34Encoder(pretrained, all_maps=True), nn.Sequential(decoder, doubling)
+        )
+
+
+MODELS = {
+    "fcn": FCN,
+    "darrennet": DarrenNet,
+    "unet": UNet,
+    "resnet34_fcn": ResNet34FCN,
+    "resnet34_darrennet": ResNet34DarrenNet,
+    "resnet34_unet": ResNet34UNet,
+}
 
 
 def build_model(name, num_classes=21, **options):
@@ -193,3 +320,90 @@ def from_checkpoint(checkpoint):
     except RuntimeError as error:
         raise ValueError(f"the weights do not fit {checkpoint['model']}: {error}") from error
     return model.eval()
+
+
+def load_encoder(model, file):
+    """Copy a trained encoder's weights into `model`; return (loaded, left out), lists of names.
+
+    `file` is what torch.load gave: a checkpoint of this project, of which every tensor that fits
+    is taken, or one of the files that ERFNet's authors published, of which the encoder is. Their
+    names lead up to `encoder.` with `module.` or `module.features.`. Raises ValueError where
+    nothing fits.
+    """
+    stored = file.get("state_dict", file)
+    if "model" not in file:
+        stored = {re.sub(r"^.*?(?=encoder\.)", "", name): stored[name] for name in stored}
+    own = model.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name in own and own[name].shape == tensor.shape
+    }
+    if not fitting:
+        raise ValueError("none of its tensors fits the model")
+    model.load_state_dict(fitting, strict=False)
+    return list(fitting), [name for name in stored if name not in fitting]
+
+
+def layer_table(model, size=224):
+    """Return a row for each convolution and pooling layer, in the order in which they run.
+
+    A row is a dictionary: layer, in, out, kernel, stride, padding, dilation, output, parameters,
+    multiply_adds, for one image of size x size. Runs on the meta device, which computes shapes
+    alone.
+    """
+    rows = []
+
+    def record(name, layer, inputs, output):
+        row = {"layer": name, "in": inputs[0].shape[1], "out": output.shape[1]}
+        for key in ("kernel_size", "stride", "padding", "dilation"):
+            value = getattr(layer, key)
+            value = (value, value) if isinstance(value, int) else value
+            row[key.removesuffix("_size")] = "x".join(map(str, value))
+        row["output"] = "x".join(map(str, output.shape[-2:]))
+        row["parameters"] = sum(parameter.numel() for parameter in layer.parameters())
+        # A weight is used once at every pixel of the output; if transposed, of the input.
+        pixels = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
+        weights = layer.weight.numel() if row["parameters"] else 0
+        row["multiply_adds"] = weights * pixels[0, 0].numel()
+        rows.append(row)
+
+    model = copy.deepcopy(model).to("meta").eval()
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d)):
+            layer.register_forward_hook(partial(record, name))
+    model(torch.empty(1, 3, size, size, device="meta"))
+    return rows
+
+
+def print_table(rows):
+    """Print rows, dictionaries with the same keys, as columns under their keys."""
+    lines = [list(rows[0])] + [
+        [f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])]
+        print("  ".join(cells))
+
+
+def main(argv=None):
+    """Print a network's layers and its sums, or the sums of all networks."""
+    parser = argparse.ArgumentParser(description="Print a network's layers, or a line for each.")
+    parser.add_argument("name", nargs="?", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
+    name = parser.parse_args(argv).name
+    sums = []
+    for each in [name] if name else MODELS:
+        model = build_model(each)
+        rows = layer_table(model)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        sums.append({"model": each, "parameters": parameters})
+        sums[-1]["multiply-adds at 224x224"] = sum(row["multiply_adds"] for row in rows)
+    if name:
+        print_table(rows)
+        print()
+    print_table(sums)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,7 +44,15 @@ def make_parser():
     schemes = ("inverse", "median", "enet")
     add("--class-weights", nargs="?", const="inverse", choices=schemes, help=how)
     add("--init", choices=utils.INITIALIZERS, default="kaiming", help=default)
+    how = "start a resnet34_ model's encoder from ImageNet; default: yes"
+    add("--pretrained", action=argparse.BooleanOptionalAction, help=how)
+    how = "start from ERFNet's published weights (darrennet) or from any checkpoint of this project"
+    add("--encoder-weights", type=Path, metavar="FILE", help=how)
+    how = "keep the encoder as it is for the first N epochs; " + default
+    add("--freeze-encoder", type=number(int, 0), default=0, metavar="N", help=how)
     add("--epochs", type=number(int, 1), default=100, help=default)
+    how = "stop after N epochs without a better validation mIoU; default: never"
+    add("--patience", type=number(int, 1), metavar="N", help=how)
     add("--batch-size", type=number(int, 1), default=16, help=default)
     add("--lr", type=number(float, 0, 10), default=1e-3, help="Adam's learning rate; " + default)
     add("--cosine", action="store_true", help="anneal the learning rate to 0; default: constant")
@@ -86,6 +94,24 @@ def new_run_folder(out, model):
     return out
 
 
+def make_model(args, num_classes):
+    """Return a new network with its starting weights; pretrained parts are not initialised again."""
+    options = {}
+    if args.model.startswith("resnet34"):
+        options["pretrained"] = args.pretrained is not False
+    elif args.pretrained:
+        raise utils.UserError(f"{args.model} has no pretrained encoder; a resnet34_ model has")
+    model = models.build_model(args.model, num_classes, **options)
+    utils.initialize(model.decoder if options.get("pretrained") else model, args.init)
+    if args.encoder_weights:
+        try:
+            loaded, left = models.load_encoder(model, utils.read_tensors(args.encoder_weights))
+        except ValueError as error:
+            raise utils.UserError(f"{args.encoder_weights}: {error}; it is not for {args.model}")
+        print(f"{args.encoder_weights}: {len(loaded)} tensors loaded; left out: {', '.join(left)}")
+    return model
+
+
 def make_optimizer(model, args, steps):
     """Return (Adam with decoupled weight decay, the schedule of its learning rate by the step)."""
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -98,7 +124,6 @@ def make_optimizer(model, args, steps):
 
 def train_one_epoch(model, loader, weights, optimizer, scheduler, device, args, label):
     """Take one pass over the training set; return the mean loss of its steps."""
-    model.train()
     total = 0.0
     batches = utils.progress(loader, label, args.batch_size, lambda: f"loss {total / step:.4f}")
     for step, (images, masks) in enumerate(batches, start=1):
@@ -234,18 +259,17 @@ def main(argv=None):
     sampler = BatchSampler(RandomSampler(train_set), args.batch_size, drop_last=True)
     loader = DataLoader(train_set, sampler=sampler, batch_size=None)  # indexes a batch at a time
 
-    model = models.build_model(args.model, len(train_set.classes))
-    utils.initialize(model, args.init)
+    num_classes = len(train_set.classes)
+    model = models.from_checkpoint(resumed) if resumed else make_model(args, num_classes)
     model.to(device)
     if args.compile:
         model.compile()
-    weights = torch.ones(len(train_set.classes), device=device)
+    weights = torch.ones(num_classes, device=device)
     if args.class_weights:
         weights = data.class_weights(train_set, args.class_weights).to(device)
     optimizer, scheduler = make_optimizer(model, args, steps=args.epochs * len(loader))
     history = []
     if resumed:
-        model.load_state_dict(resumed["state_dict"])
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
         utils.set_random_state(resumed["random_state"], device)
@@ -253,26 +277,30 @@ def main(argv=None):
     out = args.out if resumed else new_run_folder(args.out, args.model)
     print(
         f"{args.data}: {len(train_set)} images to train on, {len(val_set)} to validate on, "
-        f"{len(train_set.classes)} classes\n{args.model}: "
+        f"{num_classes} classes\n{args.model}: "
         f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; run in {out}"
     )
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         started, label = time.monotonic(), f"epoch {epoch}/{args.epochs}"
         row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0]}
+        frozen = epoch <= args.freeze_encoder
+        model.train().encoder.train(not frozen).requires_grad_(not frozen)  # batch norms as well
         row["train_loss"] = train_one_epoch(
             model, loader, weights, optimizer, scheduler, device, args, label
         )
         images_per_second = len(loader) * args.batch_size / (time.monotonic() - started)
         row["val_loss"], cm = validate(model, val_set, weights, device, args)
-        row["val_mean_iou"], row["val_pixel_accuracy"] = (
-            utils.mean_iou(cm),
-            utils.pixel_accuracy(cm),
-        )
-        row["images_per_second"], row["seconds"] = images_per_second, time.monotonic() - started
+        row["val_mean_iou"] = utils.mean_iou(cm)
+        row["val_pixel_accuracy"] = utils.pixel_accuracy(cm)
+        row["images_per_second"] = images_per_second
+        row["seconds"] = time.monotonic() - started
         history.append(row)
         save_epoch(out, history, train_set, model, optimizer, scheduler, device, args)
         report_epoch(label, row, args.epochs - epoch, cm, train_set.classes)
+        if args.patience and epoch - best_row(history)["epoch"] >= args.patience:
+            print(f"stopped: no better validation mIoU for {args.patience} epochs")
+            break
 
     finish(out, history, val_set, device)
 

@@ -158,31 +158,29 @@ def save_checkpoint(path, checkpoint):
         Path(temporary).unlink(missing_ok=True)
 
 
+def read_tensors(path):
+    """Return what torch.save put into a file, tensors on the CPU: tensors and plain values alone.
+
+    So a file from a stranger cannot run code. Raises UserError for a file that cannot be read so.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: does not exist") from error
+    except Exception as error:  # torch.load raises many kinds for files that it cannot read
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read as a file of tensors ({reason})") from error
+
+
 def load_checkpoint(path):
     """Return the dictionary that `save_checkpoint` wrote, its tensors on the CPU.
 
-    Its keys are `model` (a name in models.MODELS), `options`, `classes`, `palette`, `size`,
+    Its keys are `model` (a name in models.MODELS), `options`, `classes`, `palette`, `size`, `data`,
     `state_dict`, `epoch` and `metrics`; train.py's last.pt has all that resuming needs besides.
-    Only tensors and plain values are read, so a file from a stranger cannot run code. Raises
-    UserError where the file is missing or is no such checkpoint.
+    Raises UserError where the file is missing or is no such checkpoint.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: does not exist; train.py writes checkpoints") from error
-    except Exception as error:  # torch.load raises many kinds for files that it cannot read
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    needed = {
-        "model",
-        "options",
-        "classes",
-        "palette",
-        "size",
-        "state_dict",
-        "epoch",
-        "metrics",
-    }
+    checkpoint = read_tensors(path)
+    needed = {"model", "options", "classes", "palette", "size", "state_dict", "epoch", "metrics"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(
             f"{path}: is not a checkpoint of this project; give one that train.py wrote"

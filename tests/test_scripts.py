@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 import torch
 from conftest import REAL_VOC, REPOSITORY, call, check, run_script
 from PIL import Image
+from test_models import published_file, random_encoder
+from torchvision.models import resnet34
 
 import data
 import evaluate
@@ -17,6 +21,7 @@ import predict
 import train
 import utils
 
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 COLUMNS = [
     "epoch",
     "lr",
@@ -47,7 +52,7 @@ def same_weights(a, b):
     return all(torch.equal(x, b["state_dict"][name]) for name, x in a["state_dict"].items())
 
 
-@pytest.mark.parametrize("model", models.MODELS)
+@pytest.mark.parametrize("model", ["fcn", "darrennet"])
 def test_train_evaluate_predict(tmp_path, voc, model):
     flags = ("--augment", "--cosine", "--class-weights", "--size", 32, "--batch-size", 2)
     settings = ("--model", model, "--data", voc, "--epochs", 2, "--out", "run", *flags)
@@ -104,7 +109,7 @@ def compare_masks_with_metrics(voc, predicted, ids, metrics):
 @pytest.mark.skipif(not REAL_VOC, reason="VOC_ROOT names no VOC 2007")
 def test_predicted_masks_score_what_evaluate_reports_on_real_voc():
     flags = ("--model", "fcn", "--data", REAL_VOC, "--size", 64, "--batch-size", 16)
-    quick_train(*flags, epochs=3)
+    quick_train(*flags, epochs=1)
     root = Path(REAL_VOC, "VOCdevkit", "VOC2007")
     ids = (root / "ImageSets" / "Segmentation" / "val.txt").read_text().split()
     Path("photos").mkdir()
@@ -192,6 +197,126 @@ def test_a_loss_that_is_not_a_number_stops_the_run(voc, monkeypatch):
     with pytest.raises(utils.UserError, match="epoch 2/3, step 1: the loss is nan.*--lr"):
         call(train, "--resume", "run/last.pt", "--epochs", 3)
     assert Path("run/last.pt").read_bytes() == before
+
+
+# ------------------------------------------------------------------------- the paper's set-ups
+
+
+def readme_table():
+    """Return {row's name: the command line's flags} from the README's table of results."""
+    rows = re.findall(r"^\| (.+?) \| `python train.py (.+?)` \|", README, flags=re.MULTILINE)
+    return {name: flags.split() for name, flags in rows}
+
+
+@pytest.fixture(scope="session")
+def trained_encoders(tmp_path_factory):
+    """A TORCH_HOME with a ResNet34 in it, and an ERFNet encoder, under their published names."""
+    folder = tmp_path_factory.mktemp("weights")
+    (folder / "hub" / "checkpoints").mkdir(parents=True)
+    torch.manual_seed(1)
+    torch.save(resnet34().state_dict(), folder / "hub/checkpoints/resnet34-b627a593.pth")
+    torch.save(
+        published_file(random_encoder(), "imagenet"), folder / "erfnet_encoder_pretrained.pth.tar"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", readme_table())
+def test_every_row_of_the_readmes_table_trains_scores_and_predicts(
+    name, voc, trained_encoders, monkeypatch, capsys
+):
+    """With README_ON_VOC=1 on the real VOC that VOC_ROOT names: minutes instead of seconds."""
+    root, size = (REAL_VOC, 64) if os.environ.get("README_ON_VOC") else (voc, 32)
+    monkeypatch.setenv("TORCH_HOME", str(trained_encoders))
+    monkeypatch.chdir(trained_encoders)  # where the row of ERFNet's encoder names its file
+    flags = readme_table()[name]
+    run = voc / "run"
+    call(train, *flags, "--data", root, "--epochs", 2, "--size", size, "--out", run)
+    assert ("erfnet" in name.lower()) == (
+        "226 tensors loaded; left out: module" in capsys.readouterr().out
+    )
+    # From here on the checkpoint is enough: nothing is looked up or downloaded again.
+    monkeypatch.setenv("TORCH_HOME", str(voc))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
+    call(evaluate, run / "best.pt", "--void-as-background")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert 0 <= metrics["mean_iou"] < 1 and 0 < metrics["pixel_accuracy"] < 1
+    image = voc / "VOCdevkit/VOC2007/JPEGImages/val_0.jpg"
+    call(predict, image, "--checkpoint", run / "best.pt", "--out", run)
+    assert Image.open(run / "val_0_mask.png").size == Image.open(image).size
+
+
+def test_the_readme_has_a_row_for_each_result_of_the_paper():
+    assert len(readme_table()) == 12
+    assert {flags[flags.index("--model") + 1] for flags in readme_table().values()} == set(
+        models.MODELS
+    )
+
+
+def test_pretrained_encoders_start_from_torchvisions_file(voc, trained_encoders, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(trained_encoders))
+    quick_train("--model", "resnet34_fcn", "--data", voc, "--freeze-encoder", 9, epochs=1)
+    weights = torch.load(trained_encoders / "hub/checkpoints/resnet34-b627a593.pth")
+    state = state_of("run/best.pt")["state_dict"]
+    # Frozen, so after an epoch it is still what the file has, batch norms' averages too.
+    assert torch.equal(state["encoder.stem.0.weight"], weights["conv1.weight"])
+    for name in ("0.conv1.weight", "1.bn2.running_mean", "1.bn2.running_var"):
+        assert torch.equal(state[f"encoder.layers.3.{name}"], weights[f"layer4.{name}"])
+    assert not (state["decoder.0.2.running_mean"] == 0).all()
+
+
+def test_the_encoder_learns_after_the_epochs_for_which_it_is_frozen(voc):
+    flags = ("--model", "darrennet", "--data", voc, "--freeze-encoder", 1)
+    quick_train(*flags, epochs=1)
+    frozen = state_of("run/last.pt")
+    call(train, "--resume", "run/last.pt", "--epochs", 2)
+    thawed = state_of("run/last.pt")
+    name = "encoder.layers.9.conv3x1_1.weight"
+    assert not torch.equal(frozen["state_dict"][name], thawed["state_dict"][name])
+    assert not thawed["state_dict"]["encoder.initial_block.bn.running_mean"].eq(0).all()
+    assert frozen["state_dict"]["encoder.initial_block.bn.running_mean"].eq(0).all()
+
+
+def test_without_network_the_error_says_where_the_weights_go(tmp_path, voc):
+    settings = ("--model", "resnet34_unet", "--data", voc, "--size", 32, "--out", "run")
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path / "home")}
+    result = run_script("train.py", *settings, cwd=tmp_path, **nowhere)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    said = result.stderr.splitlines()[-1]
+    assert str(tmp_path / "home/hub/checkpoints/resnet34-b627a593.pth") in said
+    assert "--no-pretrained" in said and not (tmp_path / "run").exists()
+
+
+def test_encoder_weights_of_another_network_are_refused(tmp_path, voc):
+    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    flags = ("--model", "darrennet", "--data", voc, "--encoder-weights", "run/best.pt")
+    result = run_script("train.py", *flags, "--out", "other", cwd=tmp_path)
+    assert result.returncode == 2 and not Path("other").exists()
+    assert "run/best.pt: none of its tensors fits the model" in result.stderr
+
+
+def test_cosine_is_pytorchs_annealing_by_the_step_and_adam_is_pytorchs(voc):
+    quick_train("--model", "fcn", "--data", voc, "--cosine", "--lr", 0.01, epochs=3)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], 0.01)
+    expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3 * (5 // 2))
+    with open("run/log.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            assert float(row["lr"]) == pytest.approx(expected.get_last_lr()[0])
+            for _ in range(5 // 2):
+                optimizer.step()
+                expected.step()
+    last = state_of("run/last.pt")
+    assert last["scheduler"]["_last_lr"] == [pytest.approx(0, abs=1e-12)]
+    assert last["optimizer"]["param_groups"][0]["weight_decay"] == 0
+
+
+def test_patience_stops_the_run(voc, capsys):
+    quick_train("--model", "fcn", "--data", voc, "--lr", 0, "--patience", 2, epochs=40)
+    epochs = len(Path("run/log.csv").read_text().splitlines()) - 1
+    best = state_of("run/best.pt")["epoch"]
+    assert epochs == best + 2 < 40
+    assert "stopped: no better validation mIoU for 2 epochs" in capsys.readouterr().out
 
 
 def break_nothing(root):
