@@ -8,9 +8,16 @@ logits = model(normalize(images))
 """
 
 import colorsys
+import contextlib
 import math
 import os
+import socket
+import struct
+import sys
+import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -48,16 +55,33 @@ def color_map(n):
     ]
 
 
+@contextlib.contextmanager
+def _open(path, what):
+    """Open a picture file; whatever Pillow raises on a broken one becomes a DataError."""
+    try:
+        with Image.open(path) as image:
+            # A phone's MPO holds smaller versions of the same photograph behind the first.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                raise DataError(
+                    f"{path}: has {image.n_frames} frames; save one of them as the {what}"
+                )
+            yield image
+    except Image.DecompressionBombError as error:
+        limit = 2 * Image.MAX_IMAGE_PIXELS
+        raise DataError(f"{path}: has more than {limit:,} pixels; shrink it first") from error
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read as an {what} ({error}); replace it") from error
+
+
 def load_image(path):
     """Return the image file as a PIL image in mode RGB, turned upright as its EXIF data says.
 
-    Raises DataError where the file is not a readable image.
+    Raises DataError where the file is not a readable image, or has several frames.
     """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); replace it") from error
+    with _open(path, "image") as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def load_mask(path, num_classes):
@@ -67,22 +91,22 @@ def load_mask(path, num_classes):
     grey values. Raises DataError for any other kind of file, whose values are no class indices,
     and for a value that is neither a class (0 to num_classes - 1) nor void (255).
     """
-    try:
-        with Image.open(path) as file:
-            kind, mask = f"{file.mode} {file.format}", file.copy()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as a mask ({error}); replace it") from error
+    with _open(path, "image of labels") as file:
+        kind, mask = f"{file.mode} {file.format}", file.copy()
     if kind not in ("P PNG", "L PNG"):
         raise DataError(
             f"{path}: is a mask of kind {kind}; save masks as palette or 8-bit grayscale PNG "
             "whose values are class indices"
         )
-    found = np.bincount(np.asarray(mask).ravel(), minlength=256)
-    wrong = [value for value in np.flatnonzero(found) if num_classes <= value != VOID]
+    labels = np.asarray(mask)
+    found = np.bincount(labels.ravel(), minlength=256)
+    wrong = [int(value) for value in np.flatnonzero(found) if num_classes <= value != VOID]
     if wrong:
+        y, x = np.argwhere(labels == wrong[0])[0]
         raise DataError(
-            f"{path}: has the values {', '.join(map(str, wrong))}, but the {num_classes} classes "
-            f"are 0 to {num_classes - 1} and void is {VOID}; mend the mask or list the classes"
+            f"{path}: has the values {', '.join(map(str, wrong))} (the first at column {x}, row "
+            f"{y}), but the {num_classes} classes are 0 to {num_classes - 1} and void is {VOID}; "
+            "mend the mask or list the classes in classes.txt"
         )
     return mask
 
@@ -262,10 +286,16 @@ def download_voc2007(root, split):
     """
     folder = Path(root, "VOCdevkit", "VOC2007")
     split_file = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if split_file.exists() and all(
-        (folder / "JPEGImages" / f"{name}.jpg").exists()
-        and (folder / "SegmentationClass" / f"{name}.png").exists()
-        for name in _read_lines(split_file)
+    # Is there while an archive is unpacked: files may be cut short, so it is unpacked again.
+    unfinished = Path(root, f"unfinished-{'test' if split == 'test' else 'trainval'}")
+    if (
+        not unfinished.exists()
+        and split_file.exists()
+        and all(
+            (folder / "JPEGImages" / f"{name}.jpg").exists()
+            and (folder / "SegmentationClass" / f"{name}.png").exists()
+            for name in _read_lines(split_file)
+        )
     ):
         return root
     if split not in ("train", "val", "trainval", "test"):
@@ -274,14 +304,23 @@ def download_voc2007(root, split):
     from torchvision.datasets import voc  # here, because it takes seconds to import
 
     source = voc.DATASET_YEAR_DICT["2007-test" if split == "test" else "2007"]
-    print(f"downloading {source['url']} to {root}/")
+    print(f"downloading {source['url']} to {root}/", file=sys.stderr)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
+    timeout = socket.getdefaulttimeout()
     try:
+        socket.setdefaulttimeout(30)  # torchvision would wait for a silent host for ever
+        # Refuse paths that lead out of the folder, as newer versions of torchvision do themselves.
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
         voc.VOCSegmentation(root, year="2007", image_set=split, download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException, tarfile.TarError) as error:
         raise DataError(
             f"{source['url']}: cannot be downloaded ({error}); fetch it by other means, save it "
             f"as {Path(root, source['filename'])} (md5 {source['md5']}) and run this again"
         ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    unfinished.unlink()
     return root
 
 

@@ -8,7 +8,6 @@ By default each prediction is brought to its image's own resolution and void is 
 the rule of the VOC challenge. One confusion matrix is summed over the whole split.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -22,9 +21,7 @@ import utils
 
 def parse_args(argv=None):
     """Return the settings."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, help="default: the newest run's best.pt")
     add("--data", help="as for train.py; default: what the checkpoint was trained on")
@@ -36,7 +33,9 @@ def parse_args(argv=None):
         help="the paper's protocol: at the training size, void counted as class 0",
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: %(default)s")
-    add("--workers", type=utils.number(int, 1), help="threads that decode images; default: all")
+    add(
+        "--workers", type=utils.number(int, 1, 256), help="threads that decode images; default: all"
+    )
     add("--out", type=Path, metavar="DIR", help="for metrics.json; default: beside the checkpoint")
     return parser.parse_args(argv)
 
@@ -89,6 +88,8 @@ def main(argv=None):
             "it was trained on"
         )
     model = models.from_checkpoint(checkpoint).to(device)
+    out = args.out or Path(path).parent
+    utils.make_folder(out)
     cm = score(model, dataset, device, args.tta, args.void_as_background)
 
     protocol = "own resolution, void ignored"
@@ -109,11 +110,9 @@ def main(argv=None):
     print(f"{path}: {checkpoint['model']}, epoch {checkpoint['epoch']}")
     print(f"{len(dataset)} images of split {args.split}; {protocol}\n")
     print(format_table(metrics))
-    out = args.out or Path(path).parent
-    out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print(f"\nwritten to {out / 'metrics.json'}")
 
 
 if __name__ == "__main__":
-    utils.run(main, data.DataError)
+    utils.run(main, data.DataError, models.ModelError)

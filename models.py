@@ -24,6 +24,10 @@ from torch import nn
 from torch.nn import functional as F
 
 
+class ModelError(ValueError):
+    """A name or a file that fits none of the networks here."""
+
+
 def conv_relu_bn(conv):
     """One layer of the baseline: (transposed) convolution, ReLU, batch norm, in the paper's order."""
     return nn.Sequential(conv, nn.ReLU(inplace=True), nn.BatchNorm2d(conv.out_channels))
@@ -301,24 +305,24 @@ MODELS = {
 def build_model(name, num_classes=21, **options):
     """Return a new network by its name in `MODELS`; `options` go to its constructor.
 
-    Raises ValueError, naming the choices, for a name that is not there.
+    Raises ModelError, naming the choices, for a name that is not there.
     """
     if name not in MODELS:
-        raise ValueError(f"no model is called '{name}'; choose from {', '.join(MODELS)}")
+        raise ModelError(f"no model is called '{name}'; choose from {', '.join(MODELS)}")
     return MODELS[name](num_classes, **options)
 
 
 def from_checkpoint(checkpoint):
     """Return the network that a checkpoint describes, with its weights, in eval mode on the CPU.
 
-    `checkpoint` needs the keys `model`, `options`, `classes` and `state_dict`. Raises ValueError
+    `checkpoint` needs the keys `model`, `options`, `classes` and `state_dict`. Raises ModelError
     where they do not belong together.
     """
     model = build_model(checkpoint["model"], len(checkpoint["classes"]), **checkpoint["options"])
     try:
         model.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fit {checkpoint['model']}: {error}") from error
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"the weights do not fit {checkpoint['model']}: {error}") from error
     return model.eval()
 
 
@@ -327,7 +331,7 @@ def load_encoder(model, file):
 
     `file` is what torch.load gave: a checkpoint of this project, of which every tensor that fits
     is taken, or one of the files that ERFNet's authors published, of which the encoder is. Their
-    names lead up to `encoder.` with `module.` or `module.features.`. Raises ValueError where
+    names lead up to `encoder.` with `module.` or `module.features.`. Raises ModelError where
     nothing fits.
     """
     stored = file.get("state_dict", file)
@@ -340,7 +344,7 @@ def load_encoder(model, file):
         if name in own and own[name].shape == tensor.shape
     }
     if not fitting:
-        raise ValueError("none of its tensors fits the model")
+        raise ModelError("none of its tensors fits the model")
     model.load_state_dict(fitting, strict=False)
     return list(fitting), [name for name in stored if name not in fitting]
 

@@ -5,10 +5,11 @@
 
 Each image gives NAME_mask.png (a palette PNG of class indices, at the image's own size) and
 NAME_overlay.png (the colours over the image, with a legend). The checkpoint says what model it is,
-its classes and their colours: no other flag is needed.
+its classes and their colours: no other flag is needed. Exits with 1 where some of several images
+cannot be read, 2 where none can.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import data
@@ -20,9 +21,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 def parse_args(argv=None):
     """Return the settings."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     add("--checkpoint", type=Path, metavar="FILE", help="default: the newest run's best.pt")
@@ -56,9 +55,15 @@ def main(argv=None):
     model = models.from_checkpoint(checkpoint).to(device)
     classes, palette = checkpoint["classes"], checkpoint["palette"]
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    utils.make_folder(args.out)
+    failed = 0
     for path in utils.progress(paths, "segmenting"):
-        image = data.load_image(path)
+        try:
+            image = data.load_image(path)
+        except data.DataError as error:
+            failed += 1
+            print(f"predict.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+            continue
         images = data.normalize(data.to_tensor(image, checkpoint["size"])[None].to(device))
         mask = utils.segment(model, images, (image.height, image.width), args.tta)[0].cpu()
         utils.save_mask(args.out / f"{path.stem}_mask.png", mask, palette)
@@ -67,14 +72,17 @@ def main(argv=None):
         picture.save(args.out / f"{path.stem}_overlay.png", compress_level=1)
 
         shares = utils.class_shares(mask, classes)
-        print(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+        found = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        print(f"{' '.join(str(path).splitlines())}: {found}")
         if list(shares) == [classes[0]]:
             print(
                 f"  nothing but {classes[0]} was found; the mask is black because no pixel is of "
                 "another class, most often because the network was trained too little"
             )
-    print(f"masks and overlays are in {args.out}")
+    if failed < len(paths):
+        print(f"masks and overlays are in {args.out}")
+    return 0 if not failed else 1 if failed < len(paths) else 2
 
 
 if __name__ == "__main__":
-    utils.run(main, data.DataError)
+    utils.run(main, data.DataError, models.ModelError)

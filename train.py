@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import data
 import models
@@ -27,9 +26,7 @@ import utils
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.make_parser(__doc__)
     add, number = parser.add_argument, utils.number
     default = "default: %(default)s"
     add("--model", choices=models.MODELS, default="darrennet", help=default)
@@ -47,13 +44,13 @@ def make_parser():
     how = "start a resnet34_ model's encoder from ImageNet; default: yes"
     add("--pretrained", action=argparse.BooleanOptionalAction, help=how)
     how = "start from ERFNet's published weights (darrennet) or from any checkpoint of this project"
-    add("--encoder-weights", type=Path, metavar="FILE", help=how)
+    add("--encoder-weights", metavar="FILE", help=how)
     how = "keep the encoder as it is for the first N epochs; " + default
     add("--freeze-encoder", type=number(int, 0), default=0, metavar="N", help=how)
-    add("--epochs", type=number(int, 1), default=100, help=default)
+    add("--epochs", type=number(int, 1, 10**6), default=100, help=default)
     how = "stop after N epochs without a better validation mIoU; default: never"
     add("--patience", type=number(int, 1), metavar="N", help=how)
-    add("--batch-size", type=number(int, 1), default=16, help=default)
+    add("--batch-size", type=number(int, 1, 10**5), default=16, help=default)
     add("--lr", type=number(float, 0, 10), default=1e-3, help="Adam's learning rate; " + default)
     add("--cosine", action="store_true", help="anneal the learning rate to 0; default: constant")
     add("--weight-decay", type=number(float, 0, 10), default=0.0, help="decoupled; " + default)
@@ -62,7 +59,9 @@ def make_parser():
     how = "compute in bfloat16 where that is safe; default: on CUDA devices that have it"
     add("--amp", action=argparse.BooleanOptionalAction, help=how)
     add("--compile", action="store_true", help="let torch.compile speed the model up")
-    add("--workers", type=number(int, 1), help="threads that decode images; default: all cores")
+    add(
+        "--workers", type=number(int, 1, 256), help="threads that decode images; default: all cores"
+    )
     add("--out", type=Path, metavar="DIR", help="the run's folder; default: runs/MODEL, numbered")
     how = "go on from this last.pt (bare: the newest run's) with the settings stored in it"
     add("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help=how)
@@ -77,8 +76,8 @@ def resume(parser, argv, path):
         raise utils.UserError(f"{path}: has no optimizer state; resume from the run's last.pt")
     parser.set_defaults(**checkpoint["args"], out=path.parent)
     args = parser.parse_args(argv)
-    if args.model != checkpoint["model"]:
-        raise utils.UserError(f"{path}: is a {checkpoint['model']}, not a {args.model}")
+    if args.model != checkpoint["model"] or args.out != path.parent:
+        raise utils.UserError(f"{path}: goes on as {checkpoint['model']} in {path.parent} alone")
     return args, checkpoint
 
 
@@ -90,7 +89,7 @@ def new_run_folder(out, model):
         raise utils.UserError(
             f"{out}: holds a run; go on with --resume {out / 'last.pt'} or choose another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    utils.make_folder(out)
     return out
 
 
@@ -106,7 +105,7 @@ def make_model(args, num_classes):
     if args.encoder_weights:
         try:
             loaded, left = models.load_encoder(model, utils.read_tensors(args.encoder_weights))
-        except ValueError as error:
+        except (models.ModelError, AttributeError) as error:
             raise utils.UserError(f"{args.encoder_weights}: {error}; it is not for {args.model}")
         print(f"{args.encoder_weights}: {len(loaded)} tensors loaded; left out: {', '.join(left)}")
     return model
@@ -122,35 +121,47 @@ def make_optimizer(model, args, steps):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
 
 
-def train_one_epoch(model, loader, weights, optimizer, scheduler, device, args, label):
-    """Take one pass over the training set; return the mean loss of its steps."""
-    total = 0.0
-    batches = utils.progress(loader, label, args.batch_size, lambda: f"loss {total / step:.4f}")
-    for step, (images, masks) in enumerate(batches, start=1):
-        images, masks = images.to(device), masks.to(device)
+def train_one_epoch(model, dataset, epoch, weights, optimizer, scheduler, device, args, stop):
+    """Take one pass over the training set, or the rest of it, until `stop` has an entry.
+
+    epoch: `order`, the batches' indices (steps, batch); `step`, the steps taken so far; `loss`,
+    the sum of their losses. The latter two are kept up to date.
+    """
+    label = f"epoch {epoch['number']}/{args.epochs}"
+    batches = epoch["order"][epoch["step"] :]
+
+    def mean_loss():
+        return f"loss {epoch['loss'] / max(1, epoch['step']):.4f}"
+
+    for indices in utils.progress(batches, label, args.batch_size, mean_loss):
+        images, masks = (tensor.to(device) for tensor in dataset[indices])
         if args.augment:
             images, masks = data.augment(images, masks, args.augment)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             logits = model(data.normalize(images))
         loss = F.cross_entropy(logits.float(), masks.long(), weights, ignore_index=data.VOID)
-        if not math.isfinite(loss.item()):
+        epoch["step"] += 1
+        if math.isfinite(loss.item()):
+            epoch["loss"] += loss.item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        elif (masks != data.VOID).any():  # else there is no pixel to learn from in this batch
             raise utils.UserError(
-                f"{label}, step {step}: the loss is {loss.item()}; the checkpoints are from before "
-                "this epoch; try a smaller --lr, or --no-amp"
+                f"{label}, step {epoch['step']}: the loss is {loss.item()}; this step is not taken, "
+                "last.pt is from before this epoch; try a smaller --lr, or --no-amp"
             )
-        total += loss.item()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
         scheduler.step()
-    return total / len(loader)
+        if stop:
+            break
 
 
 @torch.inference_mode()
-def validate(model, dataset, weights, device, args):
+def validate(model, dataset, weights, device, args, stop):
     """Score a split at the training size, void left out; return (loss, confusion matrix).
 
     The loss is the mean over all pixels of the split, so it does not depend on the batch size.
+    Ends early where `stop` has an entry.
     """
     model.eval()
     num_classes = len(dataset.classes)
@@ -158,6 +169,8 @@ def validate(model, dataset, weights, device, args):
     loss_sum = weight_sum = 0.0
     batches = torch.arange(len(dataset)).split(args.batch_size)
     for indices in utils.progress(batches, "validation", args.batch_size):
+        if stop:
+            break
         images, masks = (tensor.to(device) for tensor in dataset[indices])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             logits = model(data.normalize(images)).float()
@@ -166,7 +179,7 @@ def validate(model, dataset, weights, device, args):
         loss = F.cross_entropy(logits, labels, weights, ignore_index=data.VOID, reduction="sum")
         loss_sum += loss.item()
         weight_sum += weights[labels[labels != data.VOID]].sum().item()
-    return loss_sum / weight_sum, cm
+    return loss_sum / max(weight_sum, 1e-9), cm
 
 
 def best_row(history):
@@ -174,8 +187,11 @@ def best_row(history):
     return max(history, key=lambda row: row["val_mean_iou"])
 
 
-def save_epoch(out, history, dataset, model, optimizer, scheduler, device, args):
-    """Write last.pt, log.csv and, where the newest epoch is the best so far, best.pt."""
+def save(out, history, epoch, dataset, model, optimizer, scheduler, device, args):
+    """Write last.pt, and after a whole epoch (`epoch` is None) log.csv and a new best.pt.
+
+    best.pt comes first: a crash between the two leads to the same best.pt once more.
+    """
     checkpoint = {
         "model": args.model,
         "options": {},
@@ -184,10 +200,10 @@ def save_epoch(out, history, dataset, model, optimizer, scheduler, device, args)
         "size": args.size,
         "data": args.data,
         "state_dict": model.state_dict(),
-        "epoch": history[-1]["epoch"],
-        "metrics": history[-1],
+        "epoch": len(history),
+        "metrics": history[-1] if history else {},
     }
-    if best_row(history) is history[-1]:
+    if epoch is None and best_row(history) is history[-1]:
         utils.save_checkpoint(out / "best.pt", checkpoint)
     checkpoint |= {
         "args": {k: v for k, v in vars(args).items() if k not in ("out", "resume")},
@@ -195,15 +211,17 @@ def save_epoch(out, history, dataset, model, optimizer, scheduler, device, args)
         "scheduler": scheduler.state_dict(),
         "random_state": utils.random_state(device),
         "history": history,
+        "unfinished_epoch": epoch,
     }
     utils.save_checkpoint(out / "last.pt", checkpoint)
-    with open(out / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0])
-        writer.writeheader()
-        writer.writerows(history)
+    if epoch is None:
+        with open(out / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, history[0])
+            writer.writeheader()
+            writer.writerows(history)
 
 
-def report_epoch(label, row, epochs_left, cm, classes):
+def report_epoch(label, row, epochs_left, cm, dataset):
     """Print an epoch's line, and a word of warning where the network knows one class alone."""
     print(
         f"{label}  lr {row['lr']:.1e}  loss {row['train_loss']:.3f}  "
@@ -214,7 +232,7 @@ def report_epoch(label, row, epochs_left, cm, classes):
     )
     predicted = cm.sum(0).nonzero().flatten().tolist()
     if len(predicted) == 1:
-        print(f"  so far every pixel is labelled {classes[predicted[0]]}")
+        print(f"  so far every pixel is labelled {dataset.classes[predicted[0]]}")
 
 
 def finish(out, history, dataset, device):
@@ -241,6 +259,27 @@ def finish(out, history, dataset, device):
     )
 
 
+def load_splits(args, checkpoint):
+    """Return the training and the validation set; with a checkpoint, of its classes."""
+    sets = [
+        data.load_dataset(args.data, split, args.size, args.workers)
+        for split in (args.train_split, args.val_split)
+    ]
+    for dataset in sets:
+        if (dataset.masks == data.VOID).all():
+            raise data.DataError(f"{args.data}: split {dataset.split} has no pixel with a label")
+        if checkpoint and list(dataset.classes) != checkpoint["classes"]:
+            raise data.DataError(f"{args.data}: has other classes than the run that is to go on")
+    if min(args.batch_size, len(sets[0])) == 1 and args.size < 64:
+        raise utils.UserError(
+            "batch norm cannot learn from one value a channel, which is what a batch of one gives "
+            "at this --size; take a larger --batch-size, or --size 64 or more"
+        )
+    if len(sets[0]) == 1:
+        print("the training set is one image: batch norm knows no other, nor will the network")
+    return sets
+
+
 def main(argv=None):
     parser = make_parser()
     args, resumed = parser.parse_args(argv), None
@@ -251,14 +290,11 @@ def main(argv=None):
         args.amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     torch.manual_seed(args.seed)
 
-    train_set = data.load_dataset(args.data, args.train_split, args.size, args.workers)
-    val_set = data.load_dataset(args.data, args.val_split, args.size, args.workers)
+    train_set, val_set = load_splits(args, resumed)
     # Whole batches alone: batch norm learns nothing from a single left-over image. Each epoch has
     # an order of its own, so no image is left out for good.
-    args.batch_size = min(args.batch_size, len(train_set))
-    sampler = BatchSampler(RandomSampler(train_set), args.batch_size, drop_last=True)
-    loader = DataLoader(train_set, sampler=sampler, batch_size=None)  # indexes a batch at a time
-
+    batch_size = args.batch_size = min(args.batch_size, len(train_set))
+    steps = len(train_set) // batch_size
     num_classes = len(train_set.classes)
     model = models.from_checkpoint(resumed) if resumed else make_model(args, num_classes)
     model.to(device)
@@ -267,43 +303,59 @@ def main(argv=None):
     weights = torch.ones(num_classes, device=device)
     if args.class_weights:
         weights = data.class_weights(train_set, args.class_weights).to(device)
-    optimizer, scheduler = make_optimizer(model, args, steps=args.epochs * len(loader))
-    history = []
+    optimizer, scheduler = make_optimizer(model, args, args.epochs * steps)
+    history, epoch = [], None
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
+        history, epoch = resumed["history"], resumed["unfinished_epoch"]
         utils.set_random_state(resumed["random_state"], device)
-        history = resumed["history"]
     out = args.out if resumed else new_run_folder(args.out, args.model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{args.data}: {len(train_set)} images to train on, {len(val_set)} to validate on, "
-        f"{num_classes} classes\n{args.model}: "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; run in {out}"
+        f"{num_classes} classes\n{args.model}: {parameters:,} parameters on {device}; run in {out}",
+        flush=True,
     )
 
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        started, label = time.monotonic(), f"epoch {epoch}/{args.epochs}"
-        row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0]}
-        frozen = epoch <= args.freeze_encoder
-        model.train().encoder.train(not frozen).requires_grad_(not frozen)  # batch norms as well
-        row["train_loss"] = train_one_epoch(
-            model, loader, weights, optimizer, scheduler, device, args, label
-        )
-        images_per_second = len(loader) * args.batch_size / (time.monotonic() - started)
-        row["val_loss"], cm = validate(model, val_set, weights, device, args)
-        row["val_mean_iou"] = utils.mean_iou(cm)
-        row["val_pixel_accuracy"] = utils.pixel_accuracy(cm)
-        row["images_per_second"] = images_per_second
-        row["seconds"] = time.monotonic() - started
-        history.append(row)
-        save_epoch(out, history, train_set, model, optimizer, scheduler, device, args)
-        report_epoch(label, row, args.epochs - epoch, cm, train_set.classes)
-        if args.patience and epoch - best_row(history)["epoch"] >= args.patience:
-            print(f"stopped: no better validation mIoU for {args.patience} epochs")
-            break
+    with utils.stop_signals() as stop:
+        for number in range(len(history) + 1, args.epochs + 1):
+            started = time.monotonic()
+            if epoch is None:
+                order = torch.randperm(len(train_set))[: steps * batch_size].view(steps, batch_size)
+                epoch = {"number": number, "order": order, "step": 0, "loss": 0.0}
+                epoch["lr"] = scheduler.get_last_lr()[0]
+            taken = epoch["step"]
+            frozen = number <= args.freeze_encoder
+            model.train().encoder.train(not frozen).requires_grad_(not frozen)  # batch norms too
+            state = (model, optimizer, scheduler, device, args)
+            train_one_epoch(model, train_set, epoch, weights, *state[1:], stop)
+            seconds = time.monotonic() - started
+            val_loss, cm = validate(model, val_set, weights, device, args, stop)
+            if stop:
+                save(out, history, epoch, train_set, *state)
+                print(f"stopped; go on with  python train.py --resume {out / 'last.pt'}")
+                return 128 + stop[0]
+            row = {
+                "epoch": number,
+                "lr": epoch["lr"],
+                "train_loss": epoch["loss"] / steps,
+                "val_loss": val_loss,
+                "val_mean_iou": utils.mean_iou(cm),
+                "val_pixel_accuracy": utils.pixel_accuracy(cm),
+                "images_per_second": (steps - taken) * batch_size / seconds,
+                "seconds": time.monotonic() - started,
+            }
+            history.append(row)
+            epoch = None
+            save(out, history, epoch, train_set, *state)
+            report_epoch(f"epoch {number}/{args.epochs}", row, args.epochs - number, cm, train_set)
+            if args.patience and number - best_row(history)["epoch"] >= args.patience:
+                print(f"stopped: no better validation mIoU for {args.patience} epochs")
+                break
 
     finish(out, history, val_set, device)
 
 
 if __name__ == "__main__":
-    utils.run(main, data.DataError)
+    utils.run(main, data.DataError, models.ModelError)

@@ -1,7 +1,10 @@
 """Pieces that the scripts share: initialisation, scores, device, checkpoints, pictures, progress."""
 
+import argparse
+import contextlib
 import math
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -28,15 +31,60 @@ class UserError(ValueError):
 def run(main, *user_errors):
     """Call a script's `main`; where the user can mend what went wrong, say so in one line.
 
-    UserError, OSError and the further exception classes given end the process with status 2, as
-    argparse's own errors do. All others are bugs, and keep their traceback.
+    UserError, OSError, a full GPU and the further exception classes given end the process with
+    status 2, as argparse's own errors do, Ctrl-C with 130. All others are bugs: they keep their
+    traceback.
     """
     try:
         sys.exit(main())
+    except torch.OutOfMemoryError:
+        message = "the GPU's memory is full; try a smaller --batch-size or --size"
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except (UserError, OSError, *user_errors) as error:
         message = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_parser(description):
+    """Return an argparse parser that shows `description` as it is, and errors in one line."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    parser.error = lambda message: parser.exit(
+        2, f"{parser.prog}: error: {' '.join(message.split())}; see --help\n"
+    )
+    return parser
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Give a list to which SIGINT and SIGTERM add their number instead of ending the process.
+
+    So that work can end at a good place. The second signal of a kind ends the process at once.
+    """
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_folder(path):
+    """Make the folder `path`, with those above it, unless it is there. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made a folder ({error.strerror}); choose another --out")
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path}: cannot be written to; choose another --out")
 
 
 def select_device(name="auto"):
@@ -135,7 +183,7 @@ def segment(model, images, size, tta=False):
         probabilities = (probabilities + model(images.flip(-1)).float().softmax(1).flip(-1)) / 2
     if probabilities.shape[-2:] != tuple(size):
         probabilities = F.interpolate(probabilities, size, mode="bilinear", align_corners=False)
-    return probabilities.argmax(1).byte()
+    return probabilities.max(1).indices.byte()  # several times faster than argmax on CPUs
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -154,6 +202,8 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # what torch.save makes of a write that fails
+        raise OSError(f"{path}: cannot be written; is the disk full?") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 

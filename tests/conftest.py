@@ -1,8 +1,12 @@
 """Tiny VOC-layout folders, and the scripts run as a user runs them."""
 
+import json
 import os
+import queue
+import select
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -45,17 +49,52 @@ def voc(tmp_path):
     return tmp_path / "voc"
 
 
+class Process:
+    """A script in a process of its own, forked by a worker of tests/prefork.py."""
+
+    idle = queue.LifoQueue()
+
+    def __init__(self, script, *args, cwd, **environment):
+        try:
+            self.worker = self.idle.get_nowait()
+        except queue.Empty:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            command = [sys.executable, REPOSITORY / "tests" / "prefork.py"]
+            self.worker = subprocess.Popen(command, **pipes)
+        self.folder = tempfile.TemporaryDirectory()
+        self.outputs = {name: Path(self.folder.name, name) for name in ("stdout", "stderr")}
+        job = {name: str(path) for name, path in self.outputs.items()}
+        job |= {"script": str(REPOSITORY / script), "args": [str(arg) for arg in args]}
+        job |= {"cwd": str(cwd), "env": environment}
+        self.worker.stdin.write(json.dumps(job) + "\n")
+        self.worker.stdin.flush()
+        self.pid = int(self.worker.stdout.readline())
+
+    def alive(self):
+        """Return whether the process still runs."""
+        return not select.select([self.worker.stdout], [], [], 0)[0]
+
+    def wait(self):
+        """Wait for the process to end; return what subprocess.run would."""
+        status = int(self.worker.stdout.readline())
+        self.idle.put(self.worker)
+        texts = {name: path.read_text() for name, path in self.outputs.items()}
+        self.folder.cleanup()
+        return subprocess.CompletedProcess([], status, **texts)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_workers():
+    yield
+    while not Process.idle.empty():
+        worker = Process.idle.get()
+        worker.stdin.close()
+        worker.wait()
+
+
 def run_script(script, *args, cwd, **environment):
     """Run a script of the repository in a process of its own, in the folder `cwd`."""
-    return subprocess.run(
-        [sys.executable, REPOSITORY / script, *map(str, args)],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return Process(script, *args, cwd=cwd, **environment).wait()
 
 
 def call(module, *args):
