@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import data
+import utils
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_VOC = os.environ.get("VOC_ROOT")
@@ -47,6 +48,13 @@ def voc(tmp_path):
     """A folder that holds VOCdevkit/VOC2007 with 5 train and 3 val images."""
     write_voc(tmp_path / "voc" / "VOCdevkit" / "VOC2007")
     return tmp_path / "voc"
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave out the figures at the end of a run in this process: they take longer than it."""
+    monkeypatch.setattr(utils, "plot_curves", lambda *args: None)
+    monkeypatch.setattr(utils, "plot_samples", lambda *args: None)
 
 
 class Process:

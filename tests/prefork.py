@@ -11,6 +11,8 @@ import runpy
 import sys
 import traceback
 
+import torch._dynamo  # noqa: F401, what an optimizer would import at its first step
+
 
 def run(job):
     """Become the script, as if it had been started from the shell."""
@@ -26,7 +28,7 @@ def run(job):
         status = 0
     except SystemExit as end:
         status = end.code or 0
-    except Exception:
+    except Exception:  # noqa: BLE001, what Python itself does with it
         traceback.print_exc()
     finally:
         sys.stdout.flush()

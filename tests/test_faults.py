@@ -26,6 +26,8 @@ import utils
 KILLS = 5
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 # ---------------------------------------------------------------------------------------- resuming
 
 

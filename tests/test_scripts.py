@@ -35,7 +35,7 @@ COLUMNS = [
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def in_a_folder_of_its_own(tmp_path, monkeypatch, no_pictures):
     monkeypatch.chdir(tmp_path)
 
 
@@ -226,12 +226,12 @@ def test_every_row_of_the_readmes_table_trains_scores_and_predicts(
     name, voc, trained_encoders, monkeypatch, capsys
 ):
     """With README_ON_VOC=1 on the real VOC that VOC_ROOT names: minutes instead of seconds."""
-    root, size = (REAL_VOC, 64) if os.environ.get("README_ON_VOC") else (voc, 32)
+    root, size, epochs = (REAL_VOC, 64, 2) if os.environ.get("README_ON_VOC") else (voc, 32, 1)
     monkeypatch.setenv("TORCH_HOME", str(trained_encoders))
     monkeypatch.chdir(trained_encoders)  # where the row of ERFNet's encoder names its file
     flags = readme_table()[name]
     run = voc / "run"
-    call(train, *flags, "--data", root, "--epochs", 2, "--size", size, "--out", run)
+    call(train, *flags, "--data", root, "--epochs", epochs, "--size", size, "--out", run)
     assert ("erfnet" in name.lower()) == (
         "226 tensors loaded; left out: module" in capsys.readouterr().out
     )
@@ -336,7 +336,8 @@ def test_help_says_what_each_flag_does(tmp_path, script):
 
 def test_predict_does_not_wait_for_torchvision_or_matplotlib(tmp_path):
     (tmp_path / "imports.py").write_text(
-        "import sys, predict\nprint([m for m in ('torchvision', 'matplotlib') if m in sys.modules])"
+        f"import sys\nsys.path.append({str(REPOSITORY)!r})\nimport predict\n"
+        "print([m for m in ('torchvision', 'matplotlib') if m in sys.modules])"
     )
-    printed = check(run_script(tmp_path / "imports.py", cwd=tmp_path, PYTHONPATH=str(REPOSITORY)))
+    printed = check(run_script(tmp_path / "imports.py", cwd=tmp_path))
     assert printed.strip() == "[]"
