@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+TIMEOUT = 30  # seconds for which a download waits for a silent host
 VOID = 255  # the mask value that counts neither in the loss nor in a score
 # fmt: off
 VOC_CLASSES = (
@@ -309,7 +310,7 @@ def download_voc2007(root, split):
     unfinished.touch()
     timeout = socket.getdefaulttimeout()
     try:
-        socket.setdefaulttimeout(30)  # torchvision would wait for a silent host for ever
+        socket.setdefaulttimeout(TIMEOUT)  # else torchvision waits for a silent host for ever
         # Refuse paths that lead out of the folder, as newer versions of torchvision do themselves.
         tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
         voc.VOCSegmentation(root, year="2007", image_set=split, download=True)

@@ -4,8 +4,10 @@ import functools
 import hashlib
 import http.server
 import math
+import socket
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from conftest import REAL_VOC, write_voc
 from PIL import Image
 from torchvision.datasets import VOCSegmentation
+from torchvision.datasets import utils as torchvision_datasets_utils
 from torchvision.datasets import voc as torchvision_voc
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
@@ -266,14 +269,78 @@ def test_download_fetches_only_what_is_missing(archives, monkeypatch):
     assert len(data.load_dataset("voc2007", "test", 32)) == 2
 
 
-def test_download_of_a_wrong_or_missing_archive_is_one_clear_error(archives, monkeypatch):
+ERROR = r"http://\S+: cannot be downloaded.*save it as data/VOCtrainval\S+ \(md5 [0-9a-f]{32}\)"
+
+
+def test_an_archive_that_is_cut_short_or_a_web_page_is_refused_and_then_repaired(
+    archives, monkeypatch
+):
     monkeypatch.chdir(archives)
-    (archives / "2007.tar").write_bytes(b"<html>moved</html>")
-    with pytest.raises(
-        data.DataError, match=r"cannot be downloaded.*VOCtrainval.*md5 [0-9a-f]{32}"
-    ):
+    archive = archives / "2007.tar"
+    whole = archive.read_bytes()
+    for wrong in (whole[: len(whole) // 2], b"<html>this page has moved</html>"):
+        archive.write_bytes(wrong)
+        with pytest.raises(data.DataError, match=ERROR):
+            data.load_dataset("voc2007", "train", 32)
+        assert not (archives / "data" / "VOCdevkit").exists()
+    archive.write_bytes(whole)
+    assert len(data.load_dataset("voc2007", "train", 32)) == 2
+
+
+def test_unpacking_that_was_interrupted_is_done_again(archives, monkeypatch):
+    monkeypatch.chdir(archives)
+    with monkeypatch.context() as patch:
+
+        def interrupted(archive, folder, *args):
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+            (archives / "data/VOCdevkit/VOC2007/JPEGImages/train_1.jpg").write_bytes(b"\xff\xd8")
+            raise KeyboardInterrupt
+
+        patch.setattr(torchvision_datasets_utils, "extract_archive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            data.load_dataset("voc2007", "train", 32)
+    assert len(data.load_dataset("voc2007", "train", 32)) == 2
+    assert [path.name for path in (archives / "data").glob("unfinished*")] == []
+
+
+def test_an_archive_put_there_by_hand_needs_no_host(archives, monkeypatch):
+    monkeypatch.chdir(archives)
+    (archives / "data").mkdir()
+    (archives / "2007.tar").rename(archives / "data" / "VOCtrainval_06-Nov-2007.tar")
+    assert len(data.load_dataset("voc2007", "val", 32)) == 1
+
+
+def test_hosts_that_are_down_silent_or_lack_the_file_are_one_clear_error(archives, monkeypatch):
+    monkeypatch.chdir(archives)
+    (archives / "2007.tar").unlink()
+    with pytest.raises(data.DataError, match=ERROR):  # 404
         data.load_dataset("voc2007", "train", 32)
-    assert not (archives / "data" / "VOCdevkit").exists()
-    (archives / "2007-test.tar").unlink()
-    with pytest.raises(data.DataError, match=r"data/VOCtest_06-Nov-2007.tar"):
-        data.load_dataset("voc2007", "test", 32)
+    monkeypatch.setattr(data, "TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/2007.tar"
+        entry = torchvision_voc.DATASET_YEAR_DICT["2007"] | {"url": address}
+        monkeypatch.setitem(torchvision_voc.DATASET_YEAR_DICT, "2007", entry)
+        with pytest.raises(data.DataError, match=ERROR):
+            data.load_dataset("voc2007", "train", 32)
+    with pytest.raises(data.DataError, match=ERROR):  # now nobody listens there
+        data.load_dataset("voc2007", "train", 32)
+    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside-of-the-folder.txt"])
+def test_an_archive_with_paths_outside_the_folder_is_refused(archives, monkeypatch, name):
+    monkeypatch.chdir(archives)
+    archive = archives / "2007.tar"
+    with tarfile.open(archive, "a") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    entry = torchvision_voc.DATASET_YEAR_DICT["2007"]
+    entry |= {"md5": hashlib.md5(archive.read_bytes()).hexdigest()}
+    monkeypatch.setitem(torchvision_voc.DATASET_YEAR_DICT, "2007", entry)
+    if name.startswith("/"):  # made relative to the folder, as tar does
+        data.load_dataset("voc2007", "train", 32)
+        assert not Path(name).exists()
+    else:
+        with pytest.raises(data.DataError, match=ERROR):
+            data.load_dataset("voc2007", "train", 32)
+    assert not (archives / "outside.txt").exists()
