@@ -281,8 +281,8 @@ def load_dataset(name, split, size, workers=None):
 def download_voc2007(root, split):
     """Make sure that `root`/VOCdevkit/VOC2007 holds the split; return `root`.
 
-    Only the archive that has the split is fetched (train, val and trainval share one, 439 MiB;
-    test has its own, 431 MiB), only where the split's files are missing, and its md5 is checked.
+    Only the archive that has the split is fetched (train, val and trainval share one, test has its
+    own), only where the split's files are missing, and its md5 is checked.
     Raises DataError with the address, the md5 and the place to put the file by hand.
     """
     folder = Path(root, "VOCdevkit", "VOC2007")

@@ -41,12 +41,11 @@ def parse_args(argv=None):
 
 
 def score(model, dataset, device, tta=False, void_as_background=False):
-    """Return the confusion matrix (C, C) of a whole split.
+    """Return each image's confusion matrix, (N, C, C); their sum is that of the whole split.
 
     One image at a time, as in predict.py: its masks score exactly what is reported here.
     """
-    num_classes = len(dataset.classes)
-    cm = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    matrices = []
     for index in utils.progress(range(len(dataset)), "scoring"):
         image, mask = dataset[index]
         if void_as_background:
@@ -55,8 +54,37 @@ def score(model, dataset, device, tta=False, void_as_background=False):
             mask = dataset.full_mask(index)
         images = data.normalize(image[None].to(device))
         predicted = utils.segment(model, images, mask.shape, tta)[0].cpu()
-        cm += utils.confusion_matrix(predicted, mask, num_classes)
-    return cm
+        matrices.append(utils.confusion_matrix(predicted, mask, len(dataset.classes)))
+    return torch.stack(matrices)
+
+
+def draw(out, model, dataset, matrices, metrics, title, device):
+    """Draw confusion_matrix.png, class_iou.png and examples.png into the folder `out`."""
+    title = f"{title}, split {metrics['split']}; {metrics['protocol']}"
+    cm, classes = matrices.sum(0), dataset.classes
+    utils.plot_confusion_matrix(out / "confusion_matrix.png", cm, classes, title)
+    utils.plot_class_iou(out / "class_iou.png", metrics["iou"], f"IoU by class: {title}")
+
+    scores = torch.tensor([utils.mean_iou(matrix) for matrix in matrices])
+    order = scores.nan_to_num(-1).argsort(descending=True)
+    order = order[~scores[order].isnan()]  # an image that is all void has no score
+    middle = len(order) // 2
+    ranks = [0, 1, middle, middle + 1, len(order) - 2, len(order) - 1]
+    chosen = sorted({rank for rank in ranks if 0 <= rank < len(order)})
+    indices = order[chosen]
+    images, masks = dataset[indices]
+    size = tuple(masks.shape[-2:])
+    rows = {
+        "truth": masks,
+        "prediction": utils.segment(model, data.normalize(images.to(device)), size).cpu(),
+    }
+    captions = [
+        f"{'best' if rank < 2 else 'worst' if rank >= len(order) - 2 else 'median'}: {score:.3f}"
+        for rank, score in zip(chosen, scores[indices].tolist())
+    ]
+    title = f"Images by their own mIoU: {title}"
+    path = out / "examples.png"
+    utils.plot_samples(path, images, rows, classes, dataset.palette, title, captions)
 
 
 def format_table(metrics):
@@ -90,7 +118,8 @@ def main(argv=None):
     model = models.from_checkpoint(checkpoint).to(device)
     out = args.out or Path(path).parent
     utils.make_folder(out)
-    cm = score(model, dataset, device, args.tta, args.void_as_background)
+    matrices = score(model, dataset, device, args.tta, args.void_as_background)
+    cm = matrices.sum(0)
 
     protocol = "own resolution, void ignored"
     if args.void_as_background:
@@ -111,7 +140,8 @@ def main(argv=None):
     print(f"{len(dataset)} images of split {args.split}; {protocol}\n")
     print(format_table(metrics))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwritten to {out / 'metrics.json'}")
+    draw(out, model, dataset, matrices, metrics, f"{checkpoint['model']}, {size}x{size}", device)
+    print(f"\nwritten to {out}: metrics.json, confusion_matrix.png, class_iou.png, examples.png")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python predict.py img.jpg                                     the newest run's network
     python predict.py photos/ --checkpoint runs/darrennet/best.pt --out segmented
+    python predict.py photos/ --grid photos.png                   all overlays in one picture
 
 Each image gives NAME_mask.png (a palette PNG of class indices, at the image's own size) and
 NAME_overlay.png (the colours over the image, with a legend). The checkpoint says what model it is,
@@ -9,6 +10,7 @@ its classes and their colours: no other flag is needed. Exits with 1 where some 
 cannot be read, 2 where none can.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -26,6 +28,7 @@ def parse_args(argv=None):
     add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     add("--checkpoint", type=Path, metavar="FILE", help="default: the newest run's best.pt")
     add("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
+    add("--grid", type=Path, metavar="FILE", help="also show all the overlays in this one picture")
     add("--tta", action="store_true", help="average with the mirrored image's prediction")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: %(default)s")
     return parser.parse_args(argv)
@@ -47,6 +50,17 @@ def find_images(paths):
     return found
 
 
+def output_names(paths):
+    """Return a name for each image's outputs: its stem, numbered where another had it before."""
+    names = []
+    for path in paths:
+        numbered = (f"{path.stem}-{number}" for number in itertools.count(2))
+        taken = {name.lower() for name in names}  # some file systems take a for A
+        candidates = itertools.chain([path.stem], numbered)
+        names.append(next(name for name in candidates if name.lower() not in taken))
+    return names
+
+
 def main(argv=None):
     args = parse_args(argv)
     paths = find_images(args.images)
@@ -55,32 +69,40 @@ def main(argv=None):
     model = models.from_checkpoint(checkpoint).to(device)
     classes, palette = checkpoint["classes"], checkpoint["palette"]
 
-    utils.make_folder(args.out)
-    failed = 0
-    for path in utils.progress(paths, "segmenting"):
+    failed, sheet = 0, {}
+    clear = "\033[K" if sys.stdout.isatty() else ""  # the rest of the progress line
+    for path, name in utils.progress(list(zip(paths, output_names(paths))), "segmenting"):
         try:
             image = data.load_image(path)
         except data.DataError as error:
             failed += 1
-            print(f"predict.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{clear}predict.py: error: {' '.join(str(error).split())}", file=sys.stderr)
             continue
+        utils.make_folder(args.out)
         images = data.normalize(data.to_tensor(image, checkpoint["size"])[None].to(device))
         mask = utils.segment(model, images, (image.height, image.width), args.tta)[0].cpu()
-        utils.save_mask(args.out / f"{path.stem}_mask.png", mask, palette)
+        utils.save_mask(args.out / f"{name}_mask.png", mask, palette)
         picture = utils.overlay(image, mask, classes, palette)
         # A photograph hardly shrinks any further at the higher levels, which take most of the time.
-        picture.save(args.out / f"{path.stem}_overlay.png", compress_level=1)
+        picture.save(args.out / f"{name}_overlay.png", compress_level=1)
 
         shares = utils.class_shares(mask, classes)
-        found = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-        print(f"{' '.join(str(path).splitlines())}: {found}")
+        found = ", ".join(f"{label} {share:.1%}" for label, share in shares.items())
+        print(f"{clear}{' '.join(str(path).splitlines())}: {found}")
         if list(shares) == [classes[0]]:
             print(
                 f"  nothing but {classes[0]} was found; the mask is black because no pixel is of "
                 "another class, most often because the network was trained too little"
             )
+        if args.grid:
+            picture.thumbnail((400, 400))
+            sheet[name] = picture
     if failed < len(paths):
         print(f"masks and overlays are in {args.out}")
+    if sheet:
+        utils.make_folder(args.grid.parent)
+        utils.contact_sheet(sheet).save(args.grid)
+        print(f"all of them side by side: {args.grid}")
     return 0 if not failed else 1 if failed < len(paths) else 2
 
 

@@ -69,15 +69,22 @@ def make_parser():
 
 
 def resume(parser, argv, path):
-    """Return (settings, checkpoint) of a stored run; flags that are given again win."""
+    """Return (settings, checkpoint) of a stored run.
+
+    A run may go on for more epochs or on another device; what would make it another run is refused.
+    """
     path = utils.newest_checkpoint("last.pt") if path == "newest" else Path(path)
     checkpoint = utils.load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise utils.UserError(f"{path}: has no optimizer state; resume from the run's last.pt")
     parser.set_defaults(**checkpoint["args"], out=path.parent)
     args = parser.parse_args(argv)
-    if args.model != checkpoint["model"] or args.out != path.parent:
-        raise utils.UserError(f"{path}: goes on as {checkpoint['model']} in {path.parent} alone")
+    free = {"data", "epochs", "patience", "device", "amp", "compile", "workers"}
+    for name, stored in checkpoint["args"].items():
+        if name not in free and getattr(args, name) != stored:
+            flag = "--" + name.replace("_", "-")
+            raise utils.UserError(f"{path}: was trained with another {flag}; start a new run")
+    args.out = path.parent
     return args, checkpoint
 
 
@@ -280,6 +287,57 @@ def load_splits(args, checkpoint):
     return sets
 
 
+def fit(model, sets, weights, optimizer, scheduler, history, epoch, out, device, args):
+    """Train from where `history` and the unfinished `epoch` (or None) end; save after every epoch.
+
+    Returns the exit status: 0, or 128 + the number of the signal that stopped it.
+    """
+    train_set, val_set = sets
+    batch_size, steps = args.batch_size, len(train_set) // args.batch_size
+    with utils.stop_signals() as stop:
+        for number in range(len(history) + 1, args.epochs + 1):
+            started = time.monotonic()
+            if epoch is None:
+                order = torch.randperm(len(train_set))[: steps * batch_size].view(steps, batch_size)
+                epoch = {"number": number, "order": order, "step": 0, "loss": 0.0}
+                epoch["lr"] = scheduler.get_last_lr()[0]
+            taken = epoch["step"]
+            frozen = number <= args.freeze_encoder
+            model.train().encoder.train(not frozen).requires_grad_(not frozen)  # batch norms too
+            train_one_epoch(
+                model, train_set, epoch, weights, optimizer, scheduler, device, args, stop
+            )
+            seconds = time.monotonic() - started
+            val_loss, cm = validate(model, val_set, weights, device, args, stop)
+            if stop:
+                save(out, history, epoch, train_set, model, optimizer, scheduler, device, args)
+                print(f"stopped; go on with  python train.py --resume {out / 'last.pt'}")
+                return 128 + stop[0]
+            if math.isnan(val_loss):
+                raise utils.UserError(
+                    f"epoch {number}: the validation loss is nan; last.pt is from before this "
+                    "epoch; try a smaller --lr, or --no-amp"
+                )
+            row = {
+                "epoch": number,
+                "lr": epoch["lr"],
+                "train_loss": epoch["loss"] / steps,
+                "val_loss": val_loss,
+                "val_mean_iou": utils.mean_iou(cm),
+                "val_pixel_accuracy": utils.pixel_accuracy(cm),
+                "images_per_second": (steps - taken) * batch_size / seconds,
+                "seconds": time.monotonic() - started,
+            }
+            history.append(row)
+            epoch = None
+            save(out, history, epoch, train_set, model, optimizer, scheduler, device, args)
+            report_epoch(f"epoch {number}/{args.epochs}", row, args.epochs - number, cm, train_set)
+            if args.patience and number - best_row(history)["epoch"] >= args.patience:
+                print(f"stopped: no better validation mIoU for {args.patience} epochs")
+                break
+    return 0
+
+
 def main(argv=None):
     parser = make_parser()
     args, resumed = parser.parse_args(argv), None
@@ -290,11 +348,10 @@ def main(argv=None):
         args.amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     torch.manual_seed(args.seed)
 
-    train_set, val_set = load_splits(args, resumed)
+    sets = train_set, val_set = load_splits(args, resumed)
     # Whole batches alone: batch norm learns nothing from a single left-over image. Each epoch has
     # an order of its own, so no image is left out for good.
-    batch_size = args.batch_size = min(args.batch_size, len(train_set))
-    steps = len(train_set) // batch_size
+    args.batch_size = min(args.batch_size, len(train_set))
     num_classes = len(train_set.classes)
     model = models.from_checkpoint(resumed) if resumed else make_model(args, num_classes)
     model.to(device)
@@ -303,7 +360,8 @@ def main(argv=None):
     weights = torch.ones(num_classes, device=device)
     if args.class_weights:
         weights = data.class_weights(train_set, args.class_weights).to(device)
-    optimizer, scheduler = make_optimizer(model, args, args.epochs * steps)
+    steps = args.epochs * (len(train_set) // args.batch_size)
+    optimizer, scheduler = make_optimizer(model, args, steps)
     history, epoch = [], None
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
@@ -317,44 +375,10 @@ def main(argv=None):
         f"{num_classes} classes\n{args.model}: {parameters:,} parameters on {device}; run in {out}",
         flush=True,
     )
-
-    with utils.stop_signals() as stop:
-        for number in range(len(history) + 1, args.epochs + 1):
-            started = time.monotonic()
-            if epoch is None:
-                order = torch.randperm(len(train_set))[: steps * batch_size].view(steps, batch_size)
-                epoch = {"number": number, "order": order, "step": 0, "loss": 0.0}
-                epoch["lr"] = scheduler.get_last_lr()[0]
-            taken = epoch["step"]
-            frozen = number <= args.freeze_encoder
-            model.train().encoder.train(not frozen).requires_grad_(not frozen)  # batch norms too
-            state = (model, optimizer, scheduler, device, args)
-            train_one_epoch(model, train_set, epoch, weights, *state[1:], stop)
-            seconds = time.monotonic() - started
-            val_loss, cm = validate(model, val_set, weights, device, args, stop)
-            if stop:
-                save(out, history, epoch, train_set, *state)
-                print(f"stopped; go on with  python train.py --resume {out / 'last.pt'}")
-                return 128 + stop[0]
-            row = {
-                "epoch": number,
-                "lr": epoch["lr"],
-                "train_loss": epoch["loss"] / steps,
-                "val_loss": val_loss,
-                "val_mean_iou": utils.mean_iou(cm),
-                "val_pixel_accuracy": utils.pixel_accuracy(cm),
-                "images_per_second": (steps - taken) * batch_size / seconds,
-                "seconds": time.monotonic() - started,
-            }
-            history.append(row)
-            epoch = None
-            save(out, history, epoch, train_set, *state)
-            report_epoch(f"epoch {number}/{args.epochs}", row, args.epochs - number, cm, train_set)
-            if args.patience and number - best_row(history)["epoch"] >= args.patience:
-                print(f"stopped: no better validation mIoU for {args.patience} epochs")
-                break
-
-    finish(out, history, val_set, device)
+    status = fit(model, sets, weights, optimizer, scheduler, history, epoch, out, device, args)
+    if status == 0:
+        finish(out, history, val_set, device)
+    return status
 
 
 if __name__ == "__main__":

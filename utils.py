@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -217,6 +218,8 @@ def read_tensors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: does not exist") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: is no checkpoint, or has code in it, which is refused") from error
     except Exception as error:  # torch.load raises many kinds for files that it cannot read
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as a file of tensors ({reason})") from error
@@ -296,14 +299,10 @@ def progress(items, label, images_each=1, status=lambda: ""):
             shown, rate = now, done / (now - start)
             line = f"{label} {done}/{len(items)}  {rate * images_each:.1f} images/s  {status()}  "
             line += f"{format_seconds((len(items) - done) / rate)} left"
-            print(
-                f"\r{line}\033[K" if terminal else line,
-                end="" if terminal else "\n",
-                file=sys.stderr,
-            )
-            sys.stderr.flush()
+            # Back at the start of the line, so that what the caller prints next takes its place.
+            print(line, end="\033[K\r" if terminal else "\n", file=sys.stderr, flush=True)
     if terminal:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+        print("\033[K", end="", file=sys.stderr, flush=True)
 
 
 def format_seconds(seconds):
@@ -367,6 +366,25 @@ def overlay(image, mask, classes, palette):
     return canvas
 
 
+def contact_sheet(pictures):
+    """Return one PIL RGB picture of all in {name: PIL picture}, row by row, with names below."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    margin, font = 8, ImageFont.load_default(14)
+    width = max(picture.width for picture in pictures.values()) + margin
+    height = max(picture.height for picture in pictures.values()) + 30
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * width + margin, rows * height + margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (name, picture) in enumerate(pictures.items()):
+        x, y = margin + number % columns * width, margin + number // columns * height
+        sheet.paste(picture, (x, y))
+        text = " ".join(name.split())
+        while font.getlength(text) > width - margin:
+            text = text.removesuffix("…")[:-1] + "…"
+        draw.text((x, y + picture.height + 4), text, font=font, fill="black")
+    return sheet
+
+
 def class_shares(mask, classes):
     """Return {class name: share of the pixels} for the classes in a mask, the largest first."""
     counts = np.bincount(np.asarray(mask).ravel(), minlength=len(classes))
@@ -400,11 +418,49 @@ def plot_curves(path, history, title):
     figure.savefig(path, dpi=110)
 
 
-def plot_samples(path, images, rows, classes, palette, title):
+def plot_confusion_matrix(path, cm, classes, title):
+    """Draw a confusion matrix (C, C) with each row as shares, in %, of the true class's pixels."""
+    from matplotlib.figure import Figure
+
+    shares = (
+        100 * cm.double() / cm.sum(1, keepdim=True)
+    )  # NaN where a class never occurs: left blank
+    side = 3 + 0.42 * len(classes)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+    for (row, column), share in np.ndenumerate(shares.numpy()):
+        if share >= 0.5:
+            color = "white" if share > 55 else "black"
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, size=8)
+    ticks = range(len(classes))
+    axes.set_xticks(ticks, classes, rotation=90)
+    axes.set_yticks(ticks, classes)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    figure.suptitle(f"{title}\n% of each true class's pixels (rows add up to 100)")
+    figure.savefig(path, dpi=100)
+
+
+def plot_class_iou(path, values, title):
+    """Draw each class's IoU as a bar, the best on top. values: {class name: IoU or None}."""
+    from matplotlib.figure import Figure
+
+    scored = {name: value for name, value in values.items() if value is not None}
+    scored = dict(sorted(scored.items(), key=lambda item: item[1]))
+    figure = Figure(figsize=(8, 1.6 + 0.3 * len(scored)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(list(scored), list(scored.values()), color="#0072b2")
+    axes.bar_label(bars, [f"{value:.3f}" for value in scored.values()], padding=3)
+    axes.set(xlim=(0, 1), xlabel="IoU")
+    figure.suptitle(f"{title}\nmean {sum(scored.values()) / len(scored):.3f}")
+    figure.savefig(path, dpi=100)
+
+
+def plot_samples(path, images, rows, classes, palette, title, captions=()):
     """Draw a grid with a column for each image: the image on top, then its masks row by row.
 
-    images: uint8 (N, 3, H, W); rows: {name: uint8 masks (N, H, W)}. Below it, a legend of the
-    classes that appear.
+    images: uint8 (N, 3, H, W); rows: {name: uint8 masks (N, H, W)}; captions: a line above each
+    image. Below the grid, a legend of the classes that appear.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -413,6 +469,8 @@ def plot_samples(path, images, rows, classes, palette, title):
     figure = Figure(figsize=(2.1 * len(images), height), layout="constrained")
     figure.suptitle(title)
     grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
+    for axes, caption in zip(grid[0], captions):
+        axes.set_title(caption, fontsize=10)
     pictures = [images.permute(0, 2, 3, 1).numpy()]
     pictures += [[colorize(mask, palette) for mask in masks] for masks in rows.values()]
     for line, name, shown in zip(grid, ["image", *rows], pictures):

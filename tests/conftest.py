@@ -53,8 +53,8 @@ def voc(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Leave out the figures at the end of a run in this process: they take longer than it."""
-    monkeypatch.setattr(utils, "plot_curves", lambda *args: None)
-    monkeypatch.setattr(utils, "plot_samples", lambda *args: None)
+    for name in ("curves", "samples", "confusion_matrix", "class_iou"):
+        monkeypatch.setattr(utils, f"plot_{name}", lambda *args: None)
 
 
 class Process:

@@ -159,6 +159,23 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(voc, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------- the numbers
 
 
+def test_weights_that_broke_in_an_epochs_last_step_are_not_saved(voc, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(train, *settings(voc, "run", 1))
+    before = Path("run/last.pt").read_bytes()
+    monkeypatch.setattr(train, "validate", lambda *args: (float("nan"), None))
+    with pytest.raises(utils.UserError, match="epoch 2: the validation loss is nan.*--lr"):
+        call(train, "--resume", "run/last.pt", "--epochs", 2)
+    assert Path("run/last.pt").read_bytes() == before
+
+
+def test_a_run_goes_on_with_its_own_settings_alone(voc, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(train, *settings(voc, "run", 1))
+    with pytest.raises(utils.UserError, match="was trained with another --model; start a new run"):
+        call(train, "--resume", "run/last.pt", "--model", "fcn")
+
+
 def test_a_full_gpu_names_the_flags_to_try(monkeypatch, capsys):
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -298,8 +315,8 @@ BAD_FLAGS = [
 OTHER_SCRIPTS = [
     ("a checkpoint that is a folder", "evaluate.py", ("folder",), "folder: cannot be read"),
     ("a truncated checkpoint", "evaluate.py", ("cut.pt",), "cut.pt: cannot be read"),
-    ("text for a checkpoint", "evaluate.py", ("notes.txt",), "notes.txt: cannot be read"),
-    ("code in a checkpoint", "evaluate.py", ("code.pt",), "code.pt: cannot be read"),
+    ("text for a checkpoint", "evaluate.py", ("notes.txt",), "notes.txt: is no checkpoint"),
+    ("code in a checkpoint", "evaluate.py", ("code.pt",), "has code in it, which is refused"),
     ("another program's file", "evaluate.py", ("other.pt",), "other.pt: is not a checkpoint"),
     ("weights of another model", "evaluate.py", ("mixed.pt",), "weights do not fit darrennet"),
     ("an unknown split", "evaluate.py", ("good.pt", "--split", "x"), "x.txt: does not exist"),
@@ -376,8 +393,7 @@ def test_bad_input_is_one_line_and_status_2_with_nothing_written(results, number
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert CASES[number][3] in result.stderr
-    # predict.py makes its folder before it finds that no image can be read.
-    assert {path.name for path in left_behind} <= {"predictions"}
+    assert left_behind == set()
 
 
 def test_the_readme_counts_what_is_tried_here():

@@ -77,6 +77,9 @@ def test_train_evaluate_predict(tmp_path, voc, model):
     assert metrics["split"] == "val" and metrics["checkpoint"] == "run/best.pt"
     assert list(metrics["iou"]) == best["classes"]
     assert f"{metrics['mean_iou']:.6f}" in table and f"{metrics['pixel_accuracy']:.6f}" in table
+    for picture in ("confusion_matrix.png", "class_iou.png", "examples.png"):
+        pixels = np.array(Image.open(f"run/{picture}").convert("L"))
+        assert min(pixels.shape) > 300 and pixels.std() > 10
     ids = [f"val_{i}" for i in range(3)]
     paths = [voc / f"VOCdevkit/VOC2007/JPEGImages/{name}.jpg" for name in ids]
     flags = ("--checkpoint", "run/best.pt", "--out", "segmented")
@@ -188,6 +191,25 @@ def test_predict_says_why_a_mask_is_all_black(voc, capsys):
     call(predict, image, "--checkpoint", "black.pt")
     printed = capsys.readouterr().out
     assert "background 100.0%" in printed and "nothing but background was found" in printed
+
+
+def test_predict_keeps_both_of_two_images_with_one_name_and_shows_all_in_a_grid(voc):
+    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    for folder, color in (("one", "red"), ("two", "blue")):
+        Path(folder).mkdir()
+        Image.new("RGB", (60, 40), color).save(f"{folder}/same.png")
+        Image.new("RGB", (40, 60), color).save(f"{folder}/{folder}.jpg")
+    Image.new("RGB", (50, 50), "green").save("one/same.jpg")
+    call(predict, "one", "two", "--checkpoint", "run/best.pt", "--grid", "sheets/grid.png")
+    stems = ["one", "same", "same-2", "same-3", "two"]
+    written = sorted(path.name for path in Path("predictions").iterdir())
+    assert written == sorted(f"{stem}_{kind}.png" for stem in stems for kind in ("mask", "overlay"))
+    sizes = {stem: Image.open(f"predictions/{stem}_mask.png").size for stem in stems}
+    assert sizes["same"] == (50, 50) and sizes["same-2"] == sizes["same-3"] == (60, 40)
+    grid = Image.open("sheets/grid.png").convert("RGB")
+    colors = np.array(grid).reshape(-1, 3)
+    assert grid.width > 3 * 60 and grid.height > 2 * 60  # five pictures in two rows of three
+    assert (colors == 255).all(1).mean() > 0.2 and len(np.unique(colors, axis=0)) > 10
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(voc, monkeypatch):

@@ -215,6 +215,24 @@ def test_class_shares_are_sorted():
     assert list(shares.items()) == [("cat", 0.75), ("background", 0.25)]
 
 
+def test_figures_show_the_numbers_of_the_metrics(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    cm = torch.tensor([[30, 10, 0], [5, 15, 0], [0, 0, 0]])
+    classes = ["nothing", "cat", "dog"]
+    utils.plot_confusion_matrix(tmp_path / "a.png", cm, classes, "title")
+    cells = {tuple(map(round, text.get_position())): text for text in figures[0].axes[0].texts}
+    numbers = {place: text.get_text() for place, text in cells.items()}
+    assert numbers == {(0, 0): "75", (1, 0): "25", (0, 1): "25", (1, 1): "75"}
+    values = {"nothing": 30 / 45, "cat": 0.5, "dog": None}
+    utils.plot_class_iou(tmp_path / "b.png", values, "title")
+    axes = figures[1].axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 30 / 45]
+    assert [text.get_text() for text in axes.texts] == ["0.500", "0.667"]
+
+
 # -------------------------------------------------------------------------------------- progress
 
 
@@ -231,7 +249,7 @@ def test_progress_is_one_line_on_a_terminal_and_silent_in_a_short_file(monkeypat
         shown = stream.getvalue()
         if stream.isatty():
             assert "work 2/4  16.0 images/s  loss 0.5  2 s left" in shown
-            assert "\n" not in shown and shown.endswith("\r\033[K")
+            assert "\n" not in shown and shown.endswith("\033[K\r\033[K")
         else:
             assert shown == ""
 
