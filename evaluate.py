@@ -102,6 +102,7 @@ def format_table(metrics):
 
 
 def main(argv=None):
+    """Run the command line; see the top of the file."""
     args = parse_args(argv)
     path = args.checkpoint or utils.newest_checkpoint()
     checkpoint = utils.load_checkpoint(path)

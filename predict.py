@@ -62,6 +62,7 @@ def output_names(paths):
 
 
 def main(argv=None):
+    """Run the command line; see the top of the file."""
     args = parse_args(argv)
     paths = find_images(args.images)
     checkpoint = utils.load_checkpoint(args.checkpoint or utils.newest_checkpoint())

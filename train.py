@@ -181,7 +181,7 @@ def validate(model, dataset, weights, device, args, stop):
         images, masks = (tensor.to(device) for tensor in dataset[indices])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             logits = model(data.normalize(images)).float()
-        cm += utils.confusion_matrix(logits.argmax(1), masks, num_classes)
+        cm += utils.confusion_matrix(logits.max(1).indices, masks, num_classes)
         labels = masks.long()
         loss = F.cross_entropy(logits, labels, weights, ignore_index=data.VOID, reduction="sum")
         loss_sum += loss.item()
@@ -229,17 +229,18 @@ def save(out, history, epoch, dataset, model, optimizer, scheduler, device, args
 
 
 def report_epoch(label, row, epochs_left, cm, dataset):
-    """Print an epoch's line, and a word of warning where the network knows one class alone."""
+    """Print an epoch's line; say so where the network has learned to name no more than one class."""
+    predicted = cm.sum(0).nonzero().flatten().tolist()
     print(
         f"{label}  lr {row['lr']:.1e}  loss {row['train_loss']:.3f}  "
         f"val loss {row['val_loss']:.3f}  mIoU {row['val_mean_iou']:.4f}  "
-        f"accuracy {row['val_pixel_accuracy']:.1%}  {row['images_per_second']:.1f} images/s  "
+        f"accuracy {row['val_pixel_accuracy']:.1%}  predicts {len(predicted)}/{len(cm)} classes  "
+        f"{row['images_per_second']:.1f} images/s  "
         f"{utils.format_seconds(epochs_left * row['seconds'])} left",
         flush=True,
     )
-    predicted = cm.sum(0).nonzero().flatten().tolist()
     if len(predicted) == 1:
-        print(f"  so far every pixel is labelled {dataset.classes[predicted[0]]}")
+        print(f"  so far every pixel is labelled {dataset.classes[predicted[0]]}: train on")
 
 
 def finish(out, history, dataset, device):
@@ -339,6 +340,7 @@ def fit(model, sets, weights, optimizer, scheduler, history, epoch, out, device,
 
 
 def main(argv=None):
+    """Run the command line; see the top of the file."""
     parser = make_parser()
     args, resumed = parser.parse_args(argv), None
     if args.resume:

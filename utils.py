@@ -98,8 +98,10 @@ def select_device(name="auto"):
         if torch.backends.mps.is_available():
             name = "mps"
     try:
-        torch.empty(1, device=name)
-        return torch.device(name)
+        device = torch.empty(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # whose random generator `random_state` is to keep
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device '{name}' cannot be used here ({reason}); try --device auto")
@@ -147,7 +149,7 @@ def iou(cm):
 
     TP / (TP + FP + FN), the paper's equation 5; NaN for a class in neither truth nor prediction.
     """
-    cm = cm.double()
+    cm = cm.cpu().double()  # Apple's GPUs have no float64
     true_positive = cm.diag()
     return true_positive / (cm.sum(0) + cm.sum(1) - true_positive)
 
@@ -159,6 +161,7 @@ def mean_iou(cm):
 
 def pixel_accuracy(cm):
     """Return the share of pixels whose class is right (the paper's equation 4), a float."""
+    cm = cm.cpu().double()
     return (cm.diag().sum() / cm.sum()).item()
 
 
@@ -167,7 +170,7 @@ def frequency_weighted_iou(cm):
 
     Long et al. 2015, Fully Convolutional Networks for Semantic Segmentation, section 5.
     """
-    share = cm.sum(1).double() / cm.sum()
+    share = cm.cpu().double().sum(1) / cm.sum().item()
     return (share * iou(cm)).nansum().item()
 
 
