@@ -93,7 +93,10 @@ def load_mask(path, num_classes):
     and for a value that is neither a class (0 to num_classes - 1) nor void (255).
     """
     with _open(path, "image of labels") as file:
-        kind, mask = f"{file.mode} {file.format}", file.copy()
+        kind = f"{file.mode} {file.format}"
+        if kind == "L PNG" and file.tile[0][3] != "L":
+            kind = "2- or 4-bit grayscale PNG"  # Pillow stretches its values to 0 to 255
+        mask = file.copy()
     if kind not in ("P PNG", "L PNG"):
         raise DataError(
             f"{path}: is a mask of kind {kind}; save masks as palette or 8-bit grayscale PNG "

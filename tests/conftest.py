@@ -3,7 +3,6 @@
 import json
 import os
 import queue
-import select
 import subprocess
 import sys
 import tempfile
@@ -80,7 +79,11 @@ class Process:
 
     def alive(self):
         """Return whether the process still runs."""
-        return not select.select([self.worker.stdout], [], [], 0)[0]
+        try:
+            os.kill(self.pid, 0)
+            return True
+        except ProcessLookupError:
+            return False
 
     def wait(self):
         """Wait for the process to end; return what subprocess.run would."""

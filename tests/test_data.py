@@ -5,8 +5,10 @@ import hashlib
 import http.server
 import math
 import socket
+import struct
 import tarfile
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import torch
 from conftest import REAL_VOC, write_voc
 from PIL import Image
+from PIL.PngImagePlugin import putchunk
 from torchvision.datasets import VOCSegmentation
 from torchvision.datasets import utils as torchvision_datasets_utils
 from torchvision.datasets import voc as torchvision_voc
@@ -114,6 +117,18 @@ def test_masks_are_never_read_through_their_colors(tmp_path):
     gray.convert("RGB").save(tmp_path / "rgb.png")
     with pytest.raises(data.DataError, match="rgb.png: is a mask of kind RGB PNG"):
         data.load_mask(tmp_path / "rgb.png", 21)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_masks_of_few_bits_are_refused_where_pillow_would_stretch_their_labels(tmp_path, bits):
+    with open(tmp_path / "few.png", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        putchunk(file, b"IHDR", struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0))
+        putchunk(file, b"IDAT", zlib.compress(b"\0" + bytes([1])))  # the last pixel is label 1
+        putchunk(file, b"IEND", b"")
+    assert np.array(Image.open(tmp_path / "few.png")).max() == 255 // (2**bits - 1)
+    with pytest.raises(data.DataError, match="few.png: is a mask of kind 2- or 4-bit grayscale"):
+        data.load_mask(tmp_path / "few.png", 21)
 
 
 # ---------------------------------------------------------------------------------- augmentation
