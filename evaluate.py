@@ -24,7 +24,7 @@ def parse_args(argv=None):
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, help="default: the newest run's best.pt")
-    add("--data", help="as for train.py; default: what the checkpoint was trained on")
+    add("--data", help="as for train.py; default: what it was trained on")
     add("--split", default="val", help="default: %(default)s")
     add("--tta", action="store_true", help="average with the mirrored image's prediction")
     add(
@@ -108,7 +108,9 @@ def main(argv=None):
     checkpoint = utils.load_checkpoint(path)
     device = utils.select_device(args.device)
     size = checkpoint["size"]
-    dataset = data.load_dataset(args.data or checkpoint["data"], args.split, size, args.workers)
+    dataset = data.load_dataset(
+        args.data or checkpoint.get("data", "voc2007"), args.split, size, args.workers
+    )
     if list(dataset.classes) != checkpoint["classes"]:
         raise utils.UserError(
             f"{path}: was trained on {len(checkpoint['classes'])} classes "

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, Process, call, run_script, write_voc
-from PIL import Image, ImageFile
+from PIL import Image
 from PIL.PngImagePlugin import putchunk
 
 import data
@@ -456,7 +456,6 @@ def test_files_that_may_not_be_read_or_written(given, tmp_path):
 
 
 def test_a_phones_photograph_with_previews_is_no_animation(tmp_path):
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
     frames = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=frames[1:])
     image = data.load_image(tmp_path / "phone.jpg")
