@@ -174,6 +174,11 @@ def frequency_weighted_iou(cm):
     return (share * iou(cm)).nansum().item()
 
 
+def best_row(history):
+    """Return the row of log.csv with the highest validation mIoU, the earliest of equals."""
+    return max(history, key=lambda row: row["val_mean_iou"])
+
+
 @torch.inference_mode()
 def segment(model, images, size, tta=False):
     """Return the class of every pixel for a normalised float batch (N, 3, H, W).
@@ -393,98 +398,3 @@ def class_shares(mask, classes):
     counts = np.bincount(np.asarray(mask).ravel(), minlength=len(classes))
     order = sorted(np.flatnonzero(counts), key=lambda c: -counts[c])
     return {classes[c]: counts[c] / counts.sum() for c in order}
-
-
-def plot_curves(path, history, title):
-    """Draw a run's losses and validation scores over the epochs. `history`: the rows of log.csv."""
-    from matplotlib.figure import (
-        Figure,
-    )  # here, so that predict.py does not wait for it
-
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    figure.suptitle(title)
-    panels = (
-        ("loss", {"train_loss": "training", "val_loss": "validation"}),
-        ("mean IoU, validation", {"val_mean_iou": None}),
-        ("pixel accuracy, validation", {"val_pixel_accuracy": None}),
-    )
-    for axes, (name, lines) in zip(figure.subplots(1, len(panels)), panels):
-        for (column, label), color in zip(lines.items(), ("#0072b2", "#d55e00")):
-            values = [row[column] for row in history]
-            axes.plot(epochs, values, ".-" if len(epochs) < 30 else "-", label=label, color=color)
-        axes.set(title=name, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def plot_confusion_matrix(path, cm, classes, title):
-    """Draw a confusion matrix (C, C) with each row as shares, in %, of the true class's pixels."""
-    from matplotlib.figure import Figure
-
-    shares = (
-        100 * cm.double() / cm.sum(1, keepdim=True)
-    )  # NaN where a class never occurs: left blank
-    side = 3 + 0.42 * len(classes)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
-    for (row, column), share in np.ndenumerate(shares.numpy()):
-        if share >= 0.5:
-            color = "white" if share > 55 else "black"
-            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, size=8)
-    ticks = range(len(classes))
-    axes.set_xticks(ticks, classes, rotation=90)
-    axes.set_yticks(ticks, classes)
-    axes.set(xlabel="predicted class", ylabel="true class")
-    figure.suptitle(f"{title}\n% of each true class's pixels (rows add up to 100)")
-    figure.savefig(path, dpi=100)
-
-
-def plot_class_iou(path, values, title):
-    """Draw each class's IoU as a bar, the best on top. values: {class name: IoU or None}."""
-    from matplotlib.figure import Figure
-
-    scored = {name: value for name, value in values.items() if value is not None}
-    scored = dict(sorted(scored.items(), key=lambda item: item[1]))
-    figure = Figure(figsize=(8, 1.6 + 0.3 * len(scored)), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(list(scored), list(scored.values()), color="#0072b2")
-    axes.bar_label(bars, [f"{value:.3f}" for value in scored.values()], padding=3)
-    axes.set(xlim=(0, 1), xlabel="IoU")
-    figure.suptitle(f"{title}\nmean {sum(scored.values()) / len(scored):.3f}")
-    figure.savefig(path, dpi=100)
-
-
-def plot_samples(path, images, rows, classes, palette, title, captions=()):
-    """Draw a grid with a column for each image: the image on top, then its masks row by row.
-
-    images: uint8 (N, 3, H, W); rows: {name: uint8 masks (N, H, W)}; captions: a line above each
-    image. Below the grid, a legend of the classes that appear.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    height = 2.1 * (1 + len(rows)) + 0.9
-    figure = Figure(figsize=(2.1 * len(images), height), layout="constrained")
-    figure.suptitle(title)
-    grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
-    for axes, caption in zip(grid[0], captions):
-        axes.set_title(caption, fontsize=10)
-    pictures = [images.permute(0, 2, 3, 1).numpy()]
-    pictures += [[colorize(mask, palette) for mask in masks] for masks in rows.values()]
-    for line, name, shown in zip(grid, ["image", *rows], pictures):
-        line[0].set_ylabel(name)
-        for axes, picture in zip(line, shown):
-            axes.imshow(picture, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-    present = torch.stack(list(rows.values())).unique().tolist()
-    names = [classes[c] if c < len(classes) else "void" for c in present]
-    colors = colorize(np.array(present), palette) / 255
-    handles = [Patch(fc=color, ec="black", label=name) for color, name in zip(colors, names)]
-    columns = min(len(handles), 1 + 4 * len(images) // 3)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-    figure.savefig(path, dpi=100)

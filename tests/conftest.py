@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import data
-import utils
+import plots
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_VOC = os.environ.get("VOC_ROOT")
@@ -53,7 +53,7 @@ def voc(tmp_path):
 def no_pictures(monkeypatch):
     """Leave out the figures at the end of a run in this process: they take longer than it."""
     for name in ("curves", "samples", "confusion_matrix", "class_iou"):
-        monkeypatch.setattr(utils, f"plot_{name}", lambda *args: None)
+        monkeypatch.setattr(plots, name, lambda *args: None)
 
 
 class Process:

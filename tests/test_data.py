@@ -145,8 +145,8 @@ def painted_batch(n=8, height=96, width=96):
 
 def share_of_wrong_paint(images, masks):
     """Return the share of pixels, away from seams, whose grey is not that of their label."""
-    padded = np.pad(masks.numpy(), ((0, 0), (1, 1), (1, 1)), constant_values=data.VOID)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    padded = np.pad(masks.numpy(), ((0, 0), (2, 2), (2, 2)), constant_values=data.VOID)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 5), axis=(1, 2))
     inside = (windows.max((3, 4)) == windows.min((3, 4))) & (masks.numpy() != data.VOID)
     assert inside.mean() > 0.4  # enough is left to judge by
     paint = masks.numpy().astype(int)[:, None] * 12
@@ -156,15 +156,16 @@ def share_of_wrong_paint(images, masks):
 
 @pytest.mark.parametrize("mode", ["flip", "affine"])
 @pytest.mark.parametrize("height, width", [(96, 96), (64, 128)])
-def test_augmented_images_stay_painted_with_their_labels(mode, height, width):
+def test_augmented_images_stay_painted_with_their_labels(mode, height, width, monkeypatch):
     torch.manual_seed(1)
+    monkeypatch.setattr(data, "jitter_colors", lambda images: images)
     images, masks = painted_batch(height=height, width=width)
     new_images, new_masks = data.augment(images, masks, mode)
     assert new_images.dtype == new_masks.dtype == torch.uint8
     assert not torch.equal(new_masks, masks)
     assert share_of_wrong_paint(new_images, new_masks) == 0
-    # The same check sees an image that lies three pixels beside its mask.
-    misaligned = data.augment(images.roll(3, -1), masks, mode)
+    # The same check sees an image that lies five pixels beside its mask.
+    misaligned = data.augment(images.roll(5, -1), masks, mode)
     assert share_of_wrong_paint(*misaligned) > 0.05
 
 
@@ -184,8 +185,9 @@ def test_flip_is_exact_and_differs_between_samples():
     assert len(seen) == 4
 
 
-def test_affine_fills_with_void_and_the_mean_color():
+def test_affine_fills_with_void_and_the_mean_color(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(data, "jitter_colors", lambda images: images)
     white = torch.full((64, 3, 60, 90), 255, dtype=torch.uint8)
     images, masks = data.augment(white, torch.ones(64, 60, 90, dtype=torch.uint8))
     assert set(masks.unique().tolist()) == {1, data.VOID}
@@ -194,6 +196,32 @@ def test_affine_fills_with_void_and_the_mean_color():
     colors = images.permute(0, 2, 3, 1)[deep].float()
     assert torch.allclose(colors, 255 * torch.tensor(data.MEAN), atol=0.51)
     assert len({mask.numpy().tobytes() for mask in masks}) > 40
+
+
+def test_affine_zooms_into_a_larger_image_and_gives_the_size_that_is_asked_for():
+    torch.manual_seed(0)
+    columns = torch.arange(200, dtype=torch.uint8).expand(64, 200, 200)
+    images, masks = data.augment(torch.zeros(64, 3, 200, 200, dtype=torch.uint8), columns, size=100)
+    assert images.shape == (64, 3, 100, 100) and masks.shape == (64, 100, 100)
+    # Along a row of the result the source's columns go by at 2 / zoom a pixel, and up to 1.2 times
+    # that: from 2 / 2.6 / 1.2 to 2 / 0.8 * 1.2, a little less where it is turned or sheared.
+    steps = masks.float().diff(dim=2).abs()
+    inside = (masks != data.VOID)[:, :, 1:] & (masks != data.VOID)[:, :, :-1]
+    means = [step[ok].mean().item() for step, ok in zip(steps, inside) if ok.sum() > 2000]
+    assert len(means) > 40 and 0.5 < min(means) < 1.1 and 1.8 < max(means) < 3.1
+
+
+def test_colors_change_by_no_more_than_said_and_differ_between_images():
+    torch.manual_seed(0)
+    gray = torch.full((256, 3, 4, 4), 100.0)
+    changed = data.jitter_colors(gray)[:, :, 0, 0]
+    brightness = changed.mean(1)
+    assert 55 < brightness.min() < 75 and 125 < brightness.max() < 155
+    tint = changed / brightness[:, None]
+    assert 0.05 < (tint - 1).abs().max() < 0.4 and len(brightness.unique()) > 250
+    ramp = torch.linspace(0, 200, 16).view(1, 1, 4, 4).expand(256, 3, 4, 4)
+    contrast = data.jitter_colors(ramp).mean(1).flatten(1).std(1) / ramp[0, 0].std()
+    assert 0.45 < contrast.min() < 0.8 and 1.25 < contrast.max() < 2
 
 
 def test_normalize_is_torchvisions():
@@ -211,14 +239,20 @@ class TwoMasks:
     classes = ("a", "b", "c", "d")
     masks = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 2, 255, 255]], dtype=torch.uint8)
 
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return None, self.masks[index]
+
 
 def test_class_weights_by_hand():
-    inverse = data.class_weights(TwoMasks, "inverse")
+    inverse = data.class_weights(TwoMasks(), "inverse")
     assert torch.allclose(inverse, torch.tensor([1 / 1.5, 1 / 1.2, 1 / 0.3, 1.0]))
     # Shares of the images that show the class: 5/10, 4/6, 1/4; their median is 5/10.
-    median = data.class_weights(TwoMasks, "median")
+    median = data.class_weights(TwoMasks(), "median")
     assert torch.allclose(median, torch.tensor([1.0, 0.75, 2.0, 1.0]))
-    enet = data.class_weights(TwoMasks, "enet")
+    enet = data.class_weights(TwoMasks(), "enet")
     expected = [1 / math.log(1.02 + share) for share in (0.5, 0.4, 0.1, 0.0)]
     assert torch.allclose(enet, torch.tensor(expected))
 
@@ -245,6 +279,134 @@ def test_shapes_masks_lie_on_the_drawn_shapes():
             assert saturation[labels > 0].mean() > 1.3 * saturation[labels == 0].mean()
 
 
+# ------------------------------------------------------------------------------ folders of one's own
+
+LABELMAP = """# label:color_rgb:parts:actions
+cat:250,50,10::
+background:0,0,0::
+dog:10,20,200::
+"""
+NAMES = {"classes.txt": "background\ncat\ndog\n", "class_names.txt": "_background_\ncat\ndog\n"}
+
+
+def write_folder(root, kind, count=10):
+    """Write a folder as a labelling tool exports it; return {name: its true mask, uint8 (H, W)}."""
+    rng = np.random.default_rng(0)
+    images, masks, names = {
+        "plain": ("images", "masks", "classes.txt"),
+        "labelme": ("JPEGImages", "SegmentationClassPNG", "class_names.txt"),
+        "newer labelme": ("JPEGImages", "SegmentationClass", "class_names.txt"),
+        "cvat": ("JPEGImages", "SegmentationClass", "labelmap.txt"),
+        "cvat indices": ("JPEGImages", "SegmentationClass", "labelmap.txt"),
+    }[kind]
+    for folder in (images, masks):
+        (root / folder).mkdir(parents=True)
+    (root / names).write_text(NAMES.get(names, LABELMAP))
+    if kind == "labelme":
+        (root / "SegmentationClass").mkdir()
+        np.save(root / "SegmentationClass" / "a0.npy", np.zeros(3))
+    truth = {}
+    for i in range(count):
+        mask = rng.integers(0, 3, (5, 6)).astype(np.uint8).repeat(8, 0).repeat(7, 1)
+        mask[:8, :7] = 255 if kind != "cvat indices" else 0
+        truth[f"a{i}"] = mask
+        ending = "png" if kind == "plain" and i == 0 else "jpg"
+        noise = rng.integers(0, 256, (40, 42, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(root / images / f"a{i}.{ending}")
+        if kind == "cvat":
+            table = np.full((256, 3), (224, 224, 192), np.uint8)
+            table[:3] = [(0, 0, 0), (250, 50, 10), (10, 20, 200)]
+            picture = Image.fromarray(table[mask])
+        elif kind == "cvat indices":
+            picture = Image.fromarray(np.array([1, 0, 2], np.uint8)[mask])  # the lines' order
+        else:
+            picture = Image.fromarray(mask)
+            if kind != "plain":
+                picture.putpalette(bytes(range(256)) * 3)
+        picture.save(root / masks / f"a{i}.png")
+    if kind.startswith("cvat"):
+        (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+        listed = "\n".join(truth) + "\n"
+        (root / "ImageSets" / "Segmentation" / "default.txt").write_text(listed)
+    return truth
+
+
+KINDS = ["plain", "labelme", "newer labelme", "cvat", "cvat indices"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_as_the_tools_export_them(tmp_path, kind, capsys):
+    truth = write_folder(tmp_path, kind)
+    sets = {split: data.VOC(tmp_path, split, 32) for split in ("train", "val")}
+    assert "val is 2 of its 10 images, drawn at random" in capsys.readouterr().err
+    assert [len(dataset) for dataset in sets.values()] == [8, 2]
+    names = {split: [p.stem for p in dataset.image_paths] for split, dataset in sets.items()}
+    assert sorted(names["train"] + names["val"]) == sorted(truth)
+    for split, dataset in sets.items():
+        assert [name.strip("_") for name in dataset.classes] == ["background", "cat", "dog"]
+        for index, name in enumerate(names[split]):
+            assert np.array_equal(dataset.full_mask(index), truth[name])
+    if kind.startswith("cvat"):
+        assert sets["val"].palette == [[0, 0, 0], [250, 50, 10], [10, 20, 200]]
+    assert [p.stem for p in data.VOC(tmp_path, "val", 32).image_paths] == names["val"]
+
+
+def test_colors_that_the_label_map_does_not_name_are_counted(tmp_path):
+    write_folder(tmp_path, "cvat")
+    path = tmp_path / "SegmentationClass" / "a3.png"
+    pixels = np.array(Image.open(path))
+    pixels[2, :3], pixels[4, 1] = (1, 2, 3), (9, 9, 9)
+    Image.fromarray(pixels).save(path)
+    said = r"a3.png: has 4 pixels in 2 colours that labelmap.txt does not name \(3 of \(1, 2, 3\)"
+    with pytest.raises(data.DataError, match=said):
+        data.VOC(tmp_path, "train", 32)
+
+
+@pytest.mark.parametrize(
+    "labelmap, said",
+    [
+        ("cat;1,2,3", "'cat;1,2,3' is not name:red,green,blue"),
+        ("background:0,0,0::\ncat:1,2::", "'cat:1,2::' is not name:red,green,blue"),
+        ("background:0,0,0::\ncat:1,2,333::", "not from 0 to 255"),
+        ("background:0,0,0::\ncat:0,0,0::", "is taken"),
+        ("cat:1,2,3::", "names no class 'background'"),
+    ],
+)
+def test_label_maps_that_cannot_be_meant_are_refused(tmp_path, labelmap, said):
+    write_folder(tmp_path, "cvat")
+    (tmp_path / "labelmap.txt").write_text(labelmap)
+    with pytest.raises(data.DataError, match=said):
+        data.VOC(tmp_path, "train", 32)
+
+
+def test_a_plain_folder_needs_the_names_of_its_classes(tmp_path):
+    write_folder(tmp_path, "plain")
+    (tmp_path / "classes.txt").write_text("background\nbackground\n")
+    with pytest.raises(data.DataError, match="classes.txt: should list 2 to 255 different classes"):
+        data.VOC(tmp_path, "train", 32)
+    (tmp_path / "classes.txt").unlink()
+    with pytest.raises(data.DataError, match="has no classes.txt; list the classes"):
+        data.VOC(tmp_path, "train", 32)
+
+
+def test_data_that_is_not_kept_in_memory_is_the_same(voc, monkeypatch, capsys):
+    kept = data.load_dataset(voc, "train", 32)
+    monkeypatch.setattr(data, "memory_size", lambda: 4 * 5 * 4 * 32**2)  # four times what it needs
+    assert data.load_dataset(voc, "train", 32, in_memory="yes").images is not None
+    assert capsys.readouterr().err == ""
+    streamed = data.load_dataset(voc, "train", 32)
+    assert "its images are decoded each time they are needed" in capsys.readouterr().err
+    assert streamed.images is None and kept.images is not None
+    for index in (3, [0, 4, 2], torch.tensor([1, 1])):
+        for a, b in zip(kept[index], streamed[index]):
+            assert torch.equal(a, b)
+    weights = [data.class_weights(dataset, "median") for dataset in (kept, streamed)]
+    assert torch.equal(*weights)
+    (voc / "VOCdevkit/VOC2007/JPEGImages/train_3.jpg").unlink()
+    with pytest.raises(data.DataError, match="train_3.jpg: does not exist"):
+        data.load_dataset(voc, "train", 32, in_memory="no")
+
+
 # ---------------------------------------------------------------------------------- download
 
 
@@ -254,8 +416,9 @@ def archives(tmp_path, monkeypatch):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    for key, splits in {"2007": {"train": 2, "val": 1}, "2007-test": {"test": 2}}.items():
-        write_voc(tmp_path / key / "VOCdevkit" / "VOC2007", splits)
+    given = {"2007": {"train": 2, "val": 1}, "2007-test": {"test": 2}, "2012": {"val": 3}}
+    for key, splits in given.items():
+        write_voc(tmp_path / key / "VOCdevkit" / f"VOC{key[:4]}", splits)
         archive = tmp_path / f"{key}.tar"
         with tarfile.open(archive, "w") as tar:
             tar.add(tmp_path / key / "VOCdevkit", "VOCdevkit")
@@ -282,6 +445,10 @@ def test_download_fetches_only_what_is_missing(archives, monkeypatch):
     (archives / "data" / "VOCtrainval_06-Nov-2007.tar").unlink()
     assert len(data.load_dataset("voc2007", "val", 32)) == 1
     assert len(data.load_dataset("voc2007", "test", 32)) == 2
+    val = data.load_dataset("voc2012", "val", 32)
+    assert len(val) == 3 and val.root == Path("data/VOCdevkit/VOC2012")
+    with pytest.raises(data.DataError, match="VOC 2012 has no split 'test'; it has train, val, tr"):
+        data.load_dataset("voc2012", "test", 32)
 
 
 ERROR = r"http://\S+: cannot be downloaded.*save it as data/VOCtrainval\S+ \(md5 [0-9a-f]{32}\)"

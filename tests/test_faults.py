@@ -256,11 +256,11 @@ SPLIT = "ImageSets/Segmentation/train.txt"
 
 # (what is wrong, what spoils the VOC folder, the command's flags, what the one line must say)
 SPOILED_FOLDERS = [
-    ("an empty folder", shutil.rmtree, (), "has no folder JPEGImages"),
+    ("an empty folder", shutil.rmtree, (), "has neither JPEGImages"),
     ("no split file", lambda r: (r / SPLIT).unlink(), (), "train.txt: does not exist"),
     ("an empty split", lambda r: (r / SPLIT).write_text("\n\n"), (), "train.txt: lists no images"),
     ("a split in UTF-16", lambda r: (r / SPLIT).write_text("a", "utf-16"), (), "train.txt: cannot"),
-    ("a missing image", lambda r: (r / JPEG).unlink(), (), "has no image 'train_1'"),
+    ("a missing image", lambda r: (r / JPEG).unlink(), (), "train_1.jpg: does not exist"),
     ("a missing mask", lambda r: (r / MASK).unlink(), (), "train_1.png: does not exist"),
     ("a truncated image", lambda r: truncate(r / JPEG), (), "train_1.jpg: cannot be read"),
     ("a truncated mask", lambda r: truncate(r / MASK), (), "train_1.png: cannot be read"),
@@ -276,7 +276,14 @@ SPOILED_FOLDERS = [
     ("other sizes", lambda r: edit(r / MASK, lambda m: m.resize((9, 8))), (), "train_1.png: is 9x8"),
     ("all void", lambda r: [edit(p, lambda m: Image.new("L", m.size, 255)) for p in
      (r / "SegmentationClass").iterdir()], (), "has no pixel with a label"),
+    ("objects as 255", lambda r: masks_of_0_and_255(r), (), "marks an object in them, save it as"),
 ]  # fmt: skip
+
+
+def masks_of_0_and_255(root):
+    """Mark objects as hobbyists often do; here 255 is void, so nothing could be learned."""
+    for path in (root / "SegmentationClass").iterdir():
+        edit(path, lambda mask: Image.fromarray(np.where(np.array(mask), 255, 0).astype(np.uint8)))
 
 
 def nothing(root):
@@ -284,7 +291,7 @@ def nothing(root):
 
 
 BAD_FLAGS = [
-    ("no data folder", nothing, ("--data", "nowhere"), "nowhere: has no folder JPEGImages"),
+    ("no data folder", nothing, ("--data", "nowhere"), "nowhere: has neither JPEGImages"),
     ("an unknown split", nothing, ("--val-split", "vla"), "vla.txt: does not exist"),
     ("an unknown model", nothing, ("--model", "segnet"), "argument --model: invalid choice"),
     ("an unknown device", nothing, ("--device", "toaster"), "device 'toaster' cannot be used"),

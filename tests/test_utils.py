@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 import data
+import plots
 import utils
 
 # ------------------------------------------------------------------------------------- scores
@@ -222,12 +223,12 @@ def test_figures_show_the_numbers_of_the_metrics(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
     cm = torch.tensor([[30, 10, 0], [5, 15, 0], [0, 0, 0]])
     classes = ["nothing", "cat", "dog"]
-    utils.plot_confusion_matrix(tmp_path / "a.png", cm, classes, "title")
+    plots.confusion_matrix(tmp_path / "a.png", cm, classes, "title")
     cells = {tuple(map(round, text.get_position())): text for text in figures[0].axes[0].texts}
     numbers = {place: text.get_text() for place, text in cells.items()}
     assert numbers == {(0, 0): "75", (1, 0): "25", (0, 1): "25", (1, 1): "75"}
     values = {"nothing": 30 / 45, "cat": 0.5, "dog": None}
-    utils.plot_class_iou(tmp_path / "b.png", values, "title")
+    plots.class_iou(tmp_path / "b.png", values, "title")
     axes = figures[1].axes[0]
     assert [bar.get_width() for bar in axes.patches] == [0.5, 30 / 45]
     assert [text.get_text() for text in axes.texts] == ["0.500", "0.667"]
