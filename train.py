@@ -201,6 +201,14 @@ def memory_format(device):
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
+def over_processes(run, value, operation="SUM"):
+    """Return the sum (or MAX) of a number over the processes of the run, a float."""
+    if run.processes > 1:
+        value = torch.as_tensor(float(value), device=run.device)
+        distributed.all_reduce(value, getattr(distributed.ReduceOp, operation))
+    return float(value)
+
+
 def train_one_epoch(run, stop):
     """Take one pass over the training set, or the rest of it, until `stop` has an entry.
 
@@ -241,6 +249,7 @@ def train_one_epoch(run, stop):
         epoch["loss"] += loss.detach() / run.processes
         if stop:
             break
+    epoch["loss"] = over_processes(run, epoch["loss"])
 
 
 @torch.inference_mode()
@@ -415,7 +424,6 @@ def fit(run):
                 not frozen
             )  # batch norms too
             train_one_epoch(run, stop_now)
-            run.epoch["loss"] = float(run.epoch["loss"])
             seconds = time.monotonic() - started
             if not math.isfinite(run.epoch["loss"]):
                 raise utils.UserError(
@@ -443,10 +451,10 @@ def fit(run):
             }
             run.history.append(row)
             run.epoch = None
-            caught = torch.tensor(0, device=run.device)
-            if run.processes > 1:
-                caught += max(stop, default=0)
-                distributed.all_reduce(caught, distributed.ReduceOp.MAX)
+            # A process that was told to stop takes the others along.
+            caught = 0
+            if run.processes > 1:  # a process that was told to stop takes the others along
+                caught = int(over_processes(run, max(stop, default=0), "MAX"))
             patience_ends = number - utils.best_row(run.history)["epoch"] >= (
                 args.patience or math.inf
             )
@@ -460,7 +468,7 @@ def fit(run):
                     saved, saving = time.monotonic(), time.monotonic() - now
                 report_epoch(run, cm)
             if caught:
-                return stopped(run, caught.item())
+                return stopped(run, caught)
             if patience_ends:
                 print(f"stopped: no better validation mIoU for {args.patience} epochs")
                 break

@@ -17,6 +17,7 @@ from torchvision.models import resnet34
 import data
 import evaluate
 import models
+import plots
 import predict
 import train
 import utils
@@ -144,6 +145,141 @@ def test_evaluate_refuses_data_with_other_classes(tmp_path, voc):
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert "was trained on 21 classes" in result.stderr
     assert not Path("run/metrics.json").exists()
+
+
+def looks_drawn(path, width, height):
+    """Fail unless the file is a picture of at least that size that is not blank."""
+    pixels = np.array(Image.open(path).convert("L"))
+    assert pixels.shape[0] >= height and pixels.shape[1] >= width, pixels.shape
+    assert pixels.std() > 10 and pixels[0, 0] == 255  # ink on a light background
+
+
+def test_several_checkpoints_are_compared(tmp_path, voc):
+    quick_train("--model", "fcn", "--data", voc, name="runs/one", epochs=1)
+    quick_train("--model", "darrennet", "--data", voc, "--size", 48, name="runs/two", epochs=1)
+    args = ("runs/one/best.pt", "runs/two/best.pt", "--void-as-background")
+    printed = check(run_script("evaluate.py", *args, cwd=tmp_path))
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    results = json.loads(Path("comparison/metrics.json").read_text())
+    assert list(results) == ["one", "two"] and len(table) == 4
+    for line, (name, metrics) in zip(table[2:], results.items()):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        iou = {c: value for c, value in metrics["iou"].items() if value is not None}
+        assert cells[:2] == [name, metrics["model"]]
+        model = models.from_checkpoint(state_of(f"runs/{name}/best.pt"))
+        assert cells[3] == f"{sum(p.numel() for p in model.parameters()):,}"
+        assert cells[4] == f"{metrics['mean_iou']:.4f}"
+        assert float(cells[5].rstrip("%")) == pytest.approx(
+            100 * metrics["pixel_accuracy"], abs=0.05
+        )
+        assert cells[6].split()[-1] == f"{max(iou.values()):.3f}"
+        assert cells[7].split()[-1] == f"{min(iou.values()):.3f}"
+        # Alone it scores the same.
+        call(evaluate, f"runs/{name}/best.pt", "--void-as-background")
+        alone = json.loads(Path(f"runs/{name}/metrics.json").read_text())
+        assert alone["iou"] == metrics["iou"] and alone["protocol"] == metrics["protocol"]
+    looks_drawn("comparison/comparison.png", 500, 600)
+
+
+def test_the_comparisons_figure_shows_the_scores_of_the_metrics(voc, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "samples", lambda *args: drawn.append(args))
+    for name in ("one", "two"):
+        quick_train("--model", "fcn", "--data", voc, name=name, epochs=1)
+    drawn.clear()
+    call(evaluate, "one/best.pt", "two/best.pt", "--out", "both")
+    results = json.loads(Path("both/metrics.json").read_text())
+    expected = [f"{name}\nmIoU {m['mean_iou']:.4f}" for name, m in results.items()]
+    assert list(drawn[0][2]) == ["truth", *expected]
+
+
+def test_checkpoints_of_other_classes_are_not_compared(tmp_path, voc):
+    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    quick_train("--model", "fcn", "--data", "shapes", name="shapes", epochs=1)
+    args = ("run/best.pt", "shapes/best.pt")
+    result = run_script("evaluate.py", *args, cwd=tmp_path)
+    assert result.returncode == 2 and "shapes/best.pt: is of another data set" in result.stderr
+
+
+def test_curves_of_several_runs_lie_over_each_other(tmp_path, voc):
+    for name in ("one", "two"):
+        quick_train("--model", "fcn", "--data", voc, name=name)
+    printed = check(run_script("plots.py", "one", "two", "--out", "both.png", cwd=tmp_path))
+    looks_drawn("both.png", 1000, 400)
+    for name in ("one", "two"):
+        best = state_of(f"{name}/best.pt")
+        score = best["metrics"]["val_mean_iou"]
+        assert f"{name}: best epoch {best['epoch']}, mIoU {score:.4f}" in printed
+    Path("log.csv").write_text("a,b\nc,d\n")
+    for run, said in (("nowhere", "nowhere: has no log.csv"), (".", "log.csv: is not a log of")):
+        result = run_script("plots.py", run, cwd=tmp_path)
+        assert result.returncode == 2 and said in result.stderr
+
+
+def test_the_drawn_curves_are_the_logs_numbers(voc, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.undo()
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    rows = [
+        {"epoch": e, "train_loss": 3 / e, "val_loss": 4 / e, "val_mean_iou": v, "val_pixel_accuracy": e / 9}
+        for e, v in ((1, 0.1), (2, 0.3), (3, 0.2))
+    ]  # fmt: skip
+    plots.curves("a.png", {"one": rows, "two": rows[:2]}, "title")
+    loss, iou, accuracy = figures[0].axes
+    lines = [line.get_ydata() for line in loss.lines]
+    assert [list(line) for line in lines[:2]] == [[4, 2, 4 / 3], [3, 1.5, 1]]
+    assert list(iou.lines[0].get_ydata()) == [0.1, 0.3, 0.2]
+    assert list(accuracy.lines[0].get_ydata()) == [1 / 9, 2 / 9, 3 / 9]
+    assert "one: best 0.3000" in [text.get_text() for text in figures[0].legends[0].get_texts()]
+
+
+# ------------------------------------------------------------------------------------ check.py
+
+
+def test_check_finds_all_that_training_would_refuse(tmp_path, voc):
+    root = voc / "VOCdevkit" / "VOC2007"
+    (root / "JPEGImages/train_0.jpg").unlink()
+    (root / "SegmentationClass/train_1.png").unlink()
+    mask = Image.open(root / "SegmentationClass/train_2.png")
+    mask.convert("RGB").save(root / "SegmentationClass/train_2.png")
+    mask.resize((5, 6)).save(root / "SegmentationClass/train_3.png")
+    Image.new("L", mask.size, 99).save(root / "SegmentationClass/val_1.png")
+    Image.new("RGB", (9, 9)).save(root / "JPEGImages/more.jpg")
+    result = run_script("check.py", "--data", voc, "--size", 32, cwd=tmp_path)
+    assert result.returncode == 1
+    listed = result.stdout.partition("to mend before training (5):")[2].splitlines()[1:6]
+    expected = (
+        "train: .*train_0.jpg: does not exist",
+        "train: .*train_1.png: does not exist",
+        "train: .*train_2.png: is a mask of kind RGB",
+        "train: .*train_3.png: is 5x6, but its image is",
+        "val: .*val_1.png: has the values 99",
+    )
+    for line, pattern in zip(listed, expected, strict=True):
+        assert re.search(pattern, line)
+    assert "1 images of" in result.stdout and "are in none of these splits" in result.stdout
+    looks_drawn("check.png", 800, 600)
+
+
+def test_check_counts_classes_and_shows_the_weights(tmp_path, voc):
+    for path in (voc / "VOCdevkit/VOC2007/SegmentationClass").glob("train*"):
+        labels = np.array(Image.open(path))
+        Image.fromarray(np.where(labels == 7, 0, labels).astype(np.uint8)).save(path)
+    printed = check(run_script("check.py", "--data", voc, "--size", 32, cwd=tmp_path))
+    dataset = data.VOC(voc, "train", 32)
+    masks = dataset.masks.numpy()
+    lines = {line.split()[0]: line.split() for line in printed.splitlines() if line.strip()}
+    for c, name in enumerate(dataset.classes):
+        first = next(line.split() for line in printed.splitlines() if line.startswith(f"{name} "))
+        assert int(first[1]) == (masks == c).any((1, 2)).sum()
+        share = 100 * (masks == c).sum() / (masks != 255).sum()
+        assert float(first[2]) == pytest.approx(share, abs=6e-4)
+    weights = data.class_weights(dataset, "median")
+    assert lines["tvmonitor"][2] == f"{weights[20]:.3f}"
+    assert "nothing that training would refuse" in printed
+    assert "train: no pixel of class car" in printed
 
 
 def test_same_seed_same_weights(voc):
@@ -350,10 +486,12 @@ def test_without_a_checkpoint_evaluate_and_predict_say_how_to_get_one(tmp_path, 
         assert not (tmp_path / "predictions").exists()
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "predict.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "evaluate.py", "predict.py", "check.py", "plots.py"]
+)
 def test_help_says_what_each_flag_does(tmp_path, script):
     printed = check(run_script(script, "--help", cwd=tmp_path))
-    assert f"python {script}" in printed and "--device" in printed
+    assert f"python {script}" in printed and "--out" in printed
 
 
 def test_predict_does_not_wait_for_torchvision_or_matplotlib(tmp_path):
