@@ -1,6 +1,6 @@
 """Segment images of your own with a trained checkpoint.
 
-    python predict.py img.jpg                                     the newest run's network
+    python predict.py img.jpg               the newest run's network, or else the one in weights/
     python predict.py photos/ --checkpoint runs/darrennet/best.pt --out segmented
     python predict.py photos/ --grid photos.png                   all overlays in one picture
 
@@ -18,7 +18,7 @@ import data
 import models
 import utils
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SHIPPED = Path(__file__).resolve().parent / "weights" / "darrennet_voc2007.pt"
 
 
 def parse_args(argv=None):
@@ -26,7 +26,8 @@ def parse_args(argv=None):
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    add("--checkpoint", type=Path, metavar="FILE", help="default: the newest run's best.pt")
+    how = "default: the newest run's best.pt, or else weights/darrennet_voc2007.pt"
+    add("--checkpoint", type=Path, metavar="FILE", help=how)
     add("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
     add("--grid", type=Path, metavar="FILE", help="also show all the overlays in this one picture")
     add("--tta", action="store_true", help="average with the mirrored image's prediction")
@@ -39,9 +40,13 @@ def find_images(paths):
     found = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            inside = sorted(
+                file for file in path.iterdir() if file.suffix.lower() in data.IMAGE_SUFFIXES
+            )
             if not inside:
-                raise utils.UserError(f"{path}: has no images ({', '.join(sorted(SUFFIXES))})")
+                raise utils.UserError(
+                    f"{path}: has no images ({', '.join(sorted(data.IMAGE_SUFFIXES))})"
+                )
             found += inside
         elif path.exists():
             found.append(path)
@@ -65,7 +70,10 @@ def main(argv=None):
     """Run the command line; see the top of the file."""
     args = parse_args(argv)
     paths = find_images(args.images)
-    checkpoint = utils.load_checkpoint(args.checkpoint or utils.newest_checkpoint())
+    if not args.checkpoint:
+        args.checkpoint = utils.newest_checkpoint(fallback=SHIPPED)
+        print(f"network: {args.checkpoint}")
+    checkpoint = utils.load_checkpoint(args.checkpoint)
     device = utils.select_device(args.device)
     model = models.from_checkpoint(checkpoint).to(device)
     classes, palette = checkpoint["classes"], checkpoint["palette"]

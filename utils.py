@@ -262,9 +262,14 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def newest_checkpoint(name="best.pt", runs="runs"):
-    """Return the path of the newest run's checkpoint of that name. Raises UserError where none is."""
+def newest_checkpoint(name="best.pt", runs="runs", fallback=None):
+    """Return the path of the newest run's checkpoint of that name, or else `fallback`.
+
+    Raises UserError where there is neither.
+    """
     found = sorted(Path(runs).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+    if not found and fallback and fallback.exists():
+        return fallback
     if not found:
         raise UserError(
             f"there is no checkpoint {runs}/*/{name} yet; train one first "

@@ -328,7 +328,7 @@ OTHER_SCRIPTS = [
     ("weights of another model", "evaluate.py", ("mixed.pt",), "weights do not fit darrennet"),
     ("an unknown split", "evaluate.py", ("good.pt", "--split", "x"), "x.txt: does not exist"),
     ("other classes", "evaluate.py", ("good.pt", "--data", "shapes"), "trained on 21 classes"),
-    ("no checkpoint", "predict.py", ("photo.jpg",), "there is no checkpoint"),
+    ("no checkpoint", "evaluate.py", (), "there is no checkpoint"),
     ("a missing image", "predict.py", ("x.jpg", "--checkpoint", "good.pt"), "x.jpg: does not exist"),
     ("a folder of none", "predict.py", ("folder", "--checkpoint", "good.pt"), "folder: has no"),
     ("only text", "predict.py", ("notes.txt", "--checkpoint", "good.pt"), "notes.txt: cannot"),

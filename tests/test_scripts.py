@@ -405,7 +405,7 @@ def test_every_row_of_the_readmes_table_trains_scores_and_predicts(
 
 
 def test_the_readme_has_a_row_for_each_result_of_the_paper():
-    assert len(readme_table()) == 12
+    assert len(readme_table()) == 13
     assert {flags[flags.index("--model") + 1] for flags in readme_table().values()} == set(
         models.MODELS
     )
@@ -477,13 +477,28 @@ def test_patience_stops_the_run(voc, capsys):
     assert "stopped: no better validation mIoU for 2 epochs" in capsys.readouterr().out
 
 
-def test_without_a_checkpoint_evaluate_and_predict_say_how_to_get_one(tmp_path, voc):
+def test_without_a_checkpoint_evaluate_says_how_to_get_one(tmp_path):
+    result = run_script("evaluate.py", cwd=tmp_path)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "there is no checkpoint" in result.stderr and "python train.py" in result.stderr
+
+
+def test_without_a_run_predict_takes_the_shipped_network(tmp_path, voc):
     image = voc / "VOCdevkit" / "VOC2007" / "JPEGImages" / "val_0.jpg"
-    for script, args in (("predict.py", [image]), ("evaluate.py", [])):
-        result = run_script(script, *args, cwd=tmp_path)
-        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-        assert "there is no checkpoint" in result.stderr and "python train.py" in result.stderr
-        assert not (tmp_path / "predictions").exists()
+    printed = check(run_script("predict.py", image, cwd=tmp_path))
+    assert printed.startswith("network: ") and "weights/darrennet_voc2007.pt" in printed
+    assert Path("predictions/val_0_mask.png").exists()
+
+
+@pytest.mark.skipif(not REAL_VOC, reason="VOC_ROOT names no VOC 2007")
+def test_the_shipped_network_scores_what_the_readme_says(tmp_path):
+    weights = REPOSITORY / "weights" / "darrennet_voc2007.pt"
+    args = ("--data", REAL_VOC, "--void-as-background", "--out", "scores")
+    check(run_script("evaluate.py", weights, *args, cwd=tmp_path))
+    metrics = json.loads(Path("scores/metrics.json").read_text())
+    said = re.search(r"scores (0\.\d+) mIoU and (\d+\.\d+) % pixel\s+accuracy", README)
+    assert float(said[1]) == pytest.approx(metrics["mean_iou"], abs=1e-4)
+    assert float(said[2]) == pytest.approx(100 * metrics["pixel_accuracy"], abs=1e-2)
 
 
 @pytest.mark.parametrize(
