@@ -195,8 +195,8 @@ def prepare(run, images):
 def memory_format(device):
     """Return the layout that makes convolutions fast.
 
-    Channels last made a step of the FCN 1.7 times faster and DarrenNet's 1.15 times, on two cores
-    at 96x96 (tests/benchmark.py); GPUs' tensor cores want it too. Not measured on Apple's.
+    Channels last made no step slower on CPUs, and some faster (row 2 of tests/benchmark.py); GPUs'
+    tensor cores want it too. Not measured on Apple's.
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
