@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -279,18 +280,14 @@ def row_7(root, folder):
                 if batch * size**2 > 16 * 224**2 and device.type == "cpu":
                     line.append("not run")  # half a minute a step
                     continue
-                if batch == 1 and size < 64:
-                    continue
                 step = bare_steps(model, batch, size, device, 1, layout)
                 step()
                 each = statistics.median(timed(step) for _ in range(3))
                 seconds[size, batch] = each / batch
                 line.append(f"{batch / each:.1f}")
             print(f"| {name}, {size}x{size} | " + " | ".join(line) + " |", flush=True)
-        points = [(size, s) for (size, batch), s in seconds.items() if batch == 16]
-        logs = [(torch.tensor(2.0 * size).log() * 2, torch.tensor(s).log()) for size, s in points]
-        x, y = torch.tensor(logs).T
-        slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+        x, y = np.log([(size**2, s) for (size, batch), s in seconds.items() if batch == 16]).T
+        slope = np.polyfit(x, y, 1)[0]
         print(f"\n{name}: seconds an image grow with pixels to the power {slope:.2f} (batch 16)\n")
 
 
