@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import REAL_VOC, REPOSITORY, call, check, run_script
 from PIL import Image
+from test_data import KINDS, write_folder
 from test_models import published_file, random_encoder
 from torchvision.models import resnet34
 
@@ -280,6 +281,21 @@ def test_check_counts_classes_and_shows_the_weights(tmp_path, voc):
     assert lines["tvmonitor"][2] == f"{weights[20]:.3f}"
     assert "nothing that training would refuse" in printed
     assert "train: no pixel of class car" in printed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_of_the_labelling_tools_train_score_and_predict(tmp_path, kind):
+    write_folder(tmp_path / "own", kind)
+    quick_train("--model", "fcn", "--data", "own", epochs=1)
+    call(evaluate, "run/best.pt")
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert [name.strip("_") for name in metrics["iou"]] == ["background", "cat", "dog"]
+    image = next(path for path in (tmp_path / "own").rglob("a1.jpg"))
+    call(predict, image, "--checkpoint", "run/best.pt")
+    mask = Image.open("predictions/a1_mask.png")
+    assert mask.size == (42, 40) and np.array(mask).max() <= 2
+    cats = [250, 50, 10] if kind.startswith("cvat") else [128, 0, 0]
+    assert mask.getpalette()[3:6] == cats
 
 
 def test_same_seed_same_weights(voc):
