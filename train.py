@@ -238,9 +238,7 @@ def train_one_epoch(run, stop):
         if run.processes > 1:
             distributed.all_reduce(weight)
             loss *= run.processes  # since the gradients are averaged over the processes
-        loss = loss / weight.clamp(
-            min=1e-9
-        )  # a batch that is all void has no weight: the loss is 0
+        loss = loss / weight.clamp(min=1e-9)  # all void: no weight, and a loss of 0
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()
@@ -420,9 +418,8 @@ def fit(run):
                 run.epoch["lr"] = run.scheduler.get_last_lr()[0]
             taken = run.epoch["step"]
             frozen = number <= args.freeze_encoder
-            run.model.train().encoder.train(not frozen).requires_grad_(
-                not frozen
-            )  # batch norms too
+            # The encoder's batch norms are frozen too.
+            run.model.train().encoder.train(not frozen).requires_grad_(not frozen)
             train_one_epoch(run, stop_now)
             seconds = time.monotonic() - started
             if not math.isfinite(run.epoch["loss"]):
@@ -451,7 +448,6 @@ def fit(run):
             }
             run.history.append(row)
             run.epoch = None
-            # A process that was told to stop takes the others along.
             caught = 0
             if run.processes > 1:  # a process that was told to stop takes the others along
                 caught = int(over_processes(run, max(stop, default=0), "MAX"))
