@@ -148,7 +148,7 @@ def score_checkpoint(path, args, device):
             f"{len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...); give the --data "
             "it was trained on"
         )
-    model = models.from_checkpoint(checkpoint).to(device)
+    model = utils.to_device(models.from_checkpoint(checkpoint), device)
     started = time.monotonic()
     matrices = score(model, dataset, device, args.tta, args.void_as_background)
     seconds = time.monotonic() - started

@@ -188,17 +188,7 @@ def total_loss(logits, masks, weights):
 
 def prepare(run, images):
     """Return uint8 images as the network takes them, on the device."""
-    images = data.normalize(images.to(run.device, non_blocking=True))
-    return images.contiguous(memory_format=memory_format(run.device))
-
-
-def memory_format(device):
-    """Return the layout that makes convolutions fast.
-
-    Channels last made no step slower on CPUs, and some faster (row 2 of tests/benchmark.py); GPUs'
-    tensor cores want it too. Not measured on Apple's.
-    """
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+    return data.normalize(images.to(run.device, non_blocking=True))
 
 
 def over_processes(run, value, operation="SUM"):
@@ -344,7 +334,7 @@ def finish(run):
 
     few = torch.linspace(0, len(dataset) - 1, min(6, len(dataset))).long()
     images, masks = (tensor.cpu() for tensor in dataset[few])
-    model = models.from_checkpoint(checkpoint).to(run.device)
+    model = utils.to_device(models.from_checkpoint(checkpoint), run.device)
     inputs = data.normalize(images.to(run.device))
     rows = {"truth": masks, "prediction": utils.segment(model, inputs, (size, size)).cpu()}
     title = f"{name}, epoch {epoch}, split {dataset.split}, {size}x{size}"
@@ -525,7 +515,7 @@ def set_up(args, resumed, device, rank, processes):
         raise utils.UserError(f"--batch-size is {args.batch_size} for {processes} processes")
     num_classes = len(train_set.classes)
     model = models.from_checkpoint(resumed) if resumed else make_model(args, num_classes)
-    model.to(device, memory_format=memory_format(device))
+    utils.to_device(model, device)
     weights = torch.ones(num_classes, device=device)
     if args.class_weights:
         weights = data.class_weights(train_set, args.class_weights).to(device)

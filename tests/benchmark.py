@@ -82,12 +82,10 @@ def epoch_of(run, steps):
     return epoch
 
 
-def bare_steps(model, batch, size, device, steps, memory_format=None):
+def bare_steps(model, batch, size, device, steps):
     """Return a function that takes steps on a batch that is there already."""
     images = torch.randn(batch, 3, size, size, device=device)
     labels = torch.randint(0, 21, (batch, size, size), device=device)
-    if memory_format:
-        images = images.contiguous(memory_format=memory_format)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     use_amp = device.type == "cuda"
 
@@ -112,8 +110,7 @@ def row_1(root, folder):
     ):
         flags = ("--model", name, "--data", root, "--size", size, "--augment", "--cosine")
         run = make_run(folder / f"{name}-{size}", *flags)
-        layout = train.memory_format(run.device)
-        bare = bare_steps(run.model, 16, size, run.device, steps, layout)
+        bare = bare_steps(run.model, 16, size, run.device, steps)
         measured = ratio(epoch_of(run, steps), bare)
         target = target if run.device.type == "cpu" else 1.10
         show(1, f"train.py's loop / bare steps: {name}, {size}x{size}", measured, f"≤ {target}")
@@ -129,16 +126,15 @@ def row_2(root, folder):
         size, batch = (64, 4) if name == "unet" else (96, 16)
         steps = 2
         plain = bare_steps(models.build_model(name).to(device), batch, size, device, steps)
-        layout = train.memory_format(device)
-        ours = models.build_model(name).to(device, memory_format=layout)
-        faster = bare_steps(ours, batch, size, device, steps, layout)
+        ours = utils.to_device(models.build_model(name), device)
+        faster = bare_steps(ours, batch, size, device, steps)
         what = f"plain step / ours: {name}, {size}x{size}"
         show(2, what, ratio(plain, faster), f"≥ {best}" if best != "-" else "-")
         if compiled == "-":
             continue
-        ours = models.build_model(name).to(device, memory_format=layout)
+        ours = utils.to_device(models.build_model(name), device)
         ours.compile()
-        faster = bare_steps(ours, batch, size, device, steps, layout)
+        faster = bare_steps(ours, batch, size, device, steps)
         what = f"plain step / ours with --compile: {name}, {size}x{size}"
         show(2, what, ratio(plain, faster), f"≥ {compiled}")
 
@@ -236,7 +232,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import benchmark, torch, train, models, resource
+import benchmark, torch, train, models, utils, resource
 name, kind = sys.argv[1:]
 if kind == "loop":
     flags = ("--model", name, "--data", {root!r}, "--augment", "--cosine", "--device", "cpu")
@@ -244,9 +240,8 @@ if kind == "loop":
     benchmark.epoch_of(run, 2)()
 else:
     cpu = torch.device("cpu")
-    layout = train.memory_format(cpu)
-    model = models.build_model(name).to(memory_format=layout)
-    benchmark.bare_steps(model, 16, 224, cpu, 2, layout)()
+    model = utils.to_device(models.build_model(name), cpu)
+    benchmark.bare_steps(model, 16, 224, cpu, 2)()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -268,11 +263,10 @@ def row_6(root, folder):
 
 def row_7(root, folder):
     device = utils.select_device()
-    layout = train.memory_format(device)
     print("\n| training, images/s | " + " | ".join(f"batch {b}" for b in (1, 4, 16, 64)) + " |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name in ("fcn", "darrennet"):
-        model = models.build_model(name).to(device, memory_format=layout)
+        model = utils.to_device(models.build_model(name), device)
         seconds = {}
         for size in (64, 96, 128, 224, 320):
             line = []
@@ -280,7 +274,7 @@ def row_7(root, folder):
                 if batch * size**2 > 16 * 224**2 and device.type == "cpu":
                     line.append("not run")  # half a minute a step
                     continue
-                step = bare_steps(model, batch, size, device, 1, layout)
+                step = bare_steps(model, batch, size, device, 1)
                 step()
                 each = statistics.median(timed(step) for _ in range(3))
                 seconds[size, batch] = each / batch
@@ -293,9 +287,9 @@ def row_7(root, folder):
 
 def main():
     """Run the rows asked for, or all."""
-    rows = {str(n): globals()[f"row_{n}"] for n in range(1, 8)}
+    rows = [row_1, row_2, row_3, row_4, row_5, row_6, row_7]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", choices=[*rows, []], metavar="ROW", help="1 to 7")
+    parser.add_argument("rows", nargs="*", type=int, metavar="ROW", help="1 to 7; default: all")
     parser.add_argument("--data", required=True, metavar="DIR")
     args = parser.parse_args()
     device = utils.select_device()
@@ -311,8 +305,8 @@ def main():
     print(f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
     print("| row | what | ratio | target | medians |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        for row in args.rows or rows:
-            rows[row](Path(args.data).resolve(), Path(folder))
+        for number in args.rows or range(1, 8):
+            rows[number - 1](Path(args.data).resolve(), Path(folder))
 
 
 if __name__ == "__main__":
