@@ -478,7 +478,11 @@ def normalize(images):
     """Return uint8 images (N, 3, H, W), 0 to 255, as float32 with ImageNet's mean 0 and deviation 1."""
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(STD, device=images.device).view(3, 1, 1)
-    return (images / 255 - mean) / std
+    normalized = (images / 255 - mean) / std
+    # In the layout of the weights (utils.to_device), or else part of the network's maps go without.
+    apple = images.device.type == "mps"
+    layout = torch.contiguous_format if apple else torch.channels_last
+    return normalized.contiguous(memory_format=layout)
 
 
 def augment(images, masks, mode="affine", size=None):
