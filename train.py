@@ -75,7 +75,10 @@ def make_parser():
     add("--encoder-weights", metavar="FILE", help=how)
     how = "keep the encoder as it is for the first N epochs; " + default
     add("--freeze-encoder", type=number(int, 0), default=0, metavar="N", help=how)
-    add("--epochs", type=number(int, 1, 10**6), default=100, help=default)
+    how = "images grow from a quarter of --size; default: with affine, unless pretrained"
+    add("--progressive", action=argparse.BooleanOptionalAction, help=how)
+    how = "passes over the training images; default: 100, but 500 with --progressive"
+    add("--epochs", type=number(int, 1, 10**6), help=how)
     how = "stop after N epochs without a better validation mIoU; default: never"
     add("--patience", type=number(int, 1), metavar="N", help=how)
     add("--batch-size", type=number(int, 1, 10**5), default=16, help=default)
@@ -147,12 +150,32 @@ def make_model(args, num_classes):
     return model
 
 
+def image_size(args, epoch):
+    """Return the side of the images in an epoch, counted from 1.
+
+    With --progressive they grow: of 21 epochs 16 are at a quarter of --size, 4 at half and 1 at all
+    of it, which take about as long as each other. Sides are multiples of 32, 64 at least.
+    """
+    if not args.progressive or 21 * epoch > 20 * args.epochs:
+        return args.size
+    part = args.size / (4 if 21 * epoch <= 16 * args.epochs else 2)
+    return min(args.size, max(64, 32 * math.ceil(part / 32)))
+
+
 def make_optimizer(model, args, steps):
-    """Return (Adam with decoupled weight decay, the schedule of its learning rate by the step)."""
+    """Return (Adam with decoupled weight decay, the schedule of its learning rate by the step).
+
+    `steps` is their number in an epoch. Cosine annealing starts anew where the images grow.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    sizes = [image_size(args, epoch) for epoch in range(1, args.epochs + 1)]
 
     def share_of_lr(step):
-        return (1 + math.cos(math.pi * step / steps)) / 2 if args.cosine else 1
+        if not args.cosine:
+            return 1
+        size = sizes[min(step // steps, args.epochs - 1)]
+        since = step - steps * sizes.index(size)
+        return (1 + math.cos(math.pi * since / (steps * sizes.count(size)))) / 2
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
 
@@ -221,7 +244,7 @@ def train_one_epoch(run, stop):
     for images, masks in loader:
         images, masks = (t.to(run.device, non_blocking=True) for t in (images, masks))
         if args.augment:
-            images, masks = data.augment(images, masks, args.augment, args.size)
+            images, masks = data.augment(images, masks, args.augment, run.sets[1].size)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
             logits = run.forward(prepare(run, images))
         loss, weight = total_loss(logits, masks, run.weights)
@@ -242,7 +265,7 @@ def train_one_epoch(run, stop):
 
 @torch.inference_mode()
 def validate(run, stop):
-    """Score the validation set at the training size, void left out; return (loss, confusion matrix).
+    """Score the validation set at the epoch's size, void left out; return (loss, confusion matrix).
 
     The loss is the mean over all pixels of the split, so it does not depend on the batch size.
     Ends early where `stop` has an entry.
@@ -280,7 +303,7 @@ def save(run, last=True):
         "options": {},
         "classes": list(train_set.classes),
         "palette": train_set.palette,
-        "size": run.args.size,
+        "size": run.sets[1].size,
         "data": run.args.data,
         "state_dict": run.model.state_dict(),
         "epoch": len(run.history),
@@ -309,14 +332,15 @@ def save(run, last=True):
 def report_epoch(run, cm):
     """Print an epoch's line; say so where the network has learned to name no more than one class."""
     row = run.history[-1]
-    epochs_left = run.args.epochs - row["epoch"]
+    later = range(row["epoch"] + 1, run.args.epochs + 1)
+    left = sum((image_size(run.args, epoch) / row["size"]) ** 2 for epoch in later)
     predicted = cm.sum(0).nonzero().flatten().tolist()
     print(
         f"epoch {row['epoch']}/{run.args.epochs}  lr {row['lr']:.1e}  "
         f"loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  "
         f"mIoU {row['val_mean_iou']:.4f}  accuracy {row['val_pixel_accuracy']:.1%}  "
         f"predicts {len(predicted)}/{len(cm)} classes  {row['images_per_second']:.1f} images/s  "
-        f"{utils.format_seconds(epochs_left * row['seconds'])} left",
+        f"{utils.format_seconds(left * row['seconds'])} left",
         flush=True,
     )
     if len(predicted) == 1:
@@ -329,9 +353,12 @@ def finish(run):
     out, dataset = run.out, run.sets[1]
     checkpoint = utils.load_checkpoint(out / "best.pt")
     name, size, epoch = checkpoint["model"], checkpoint["size"], checkpoint["epoch"]
-    title = f"{name}, {size}x{size}; validation on split {dataset.split}, void left out"
+    sizes = ", ".join(f"{side}x{side}" for side in sorted({row["size"] for row in run.history}))
+    title = f"{name}, {sizes}; validation on split {dataset.split}, void left out"
     plots.curves(out / "curves.png", {name: run.history}, title)
 
+    if dataset.size != size:  # the best epoch had smaller images than the last
+        dataset = load_splits(run.args, run.device, size)[1]
     few = torch.linspace(0, len(dataset) - 1, min(6, len(dataset))).long()
     images, masks = (tensor.cpu() for tensor in dataset[few])
     model = utils.to_device(models.from_checkpoint(checkpoint), run.device)
@@ -350,13 +377,13 @@ def finish(run):
     )
 
 
-def load_splits(args, device, checkpoint):
-    """Return the training and the validation set; with a checkpoint, of its classes.
+def load_splits(args, device, size, checkpoint=None):
+    """Return the training and the validation set at a size; with a checkpoint, of its classes.
 
     They are moved to a CUDA device whose memory they fill no more than a quarter of.
     """
     # Affine augmentation zooms in, so it is given images of twice the size.
-    sizes = (args.size * (2 if args.augment == "affine" else 1), args.size)
+    sizes = (size * (2 if args.augment == "affine" else 1), size)
     sets = [
         data.load_dataset(args.data, split, size, args.workers, args.data_in_memory)
         for split, size in zip((args.train_split, args.val_split), sizes)
@@ -378,7 +405,7 @@ def load_splits(args, device, checkpoint):
             f"{args.data}: the masks of split {train_set.split} have nothing but background (0) and "
             "void (255); if 255 marks an object in them, save it as class 1"
         )
-    if min(args.batch_size, len(train_set)) == 1 and args.size < 64:
+    if min(args.batch_size, len(train_set)) == 1 and size < 64:
         raise utils.UserError(
             "batch norm cannot learn from one value a channel, which is what a batch of one gives "
             "at this --size; take a larger --batch-size, or --size 64 or more"
@@ -388,44 +415,60 @@ def load_splits(args, device, checkpoint):
     return sets
 
 
+def loss_weights(args, train_set, device):
+    """Return the classes' weights in the loss, float32 (C,)."""
+    if args.class_weights:
+        return data.class_weights(train_set, args.class_weights).to(device)
+    return torch.ones(len(train_set.classes), device=device)
+
+
+def start_epoch(run, number):
+    """Fetch larger images where it is time for them; draw the epoch's order, unless it has begun."""
+    args, size = run.args, image_size(run.args, number)
+    if size > run.sets[1].size:
+        print(f"images of {size}x{size} from here on", flush=True)
+        run.sets = load_splits(args, run.device, size)
+        run.weights = loss_weights(args, run.sets[0], run.device)
+    if run.epoch is None:
+        steps = len(run.sets[0]) // args.batch_size
+        order = torch.randperm(len(run.sets[0]), generator=run.order)
+        order = order[: steps * args.batch_size].view(steps, args.batch_size)
+        run.epoch = {"number": number, "order": order, "step": 0, "loss": 0.0}
+        run.epoch["lr"] = run.scheduler.get_last_lr()[0]
+    frozen = number <= args.freeze_encoder
+    # The encoder's batch norms are frozen too.
+    run.model.train().encoder.train(not frozen).requires_grad_(not frozen)
+
+
+def require_finite(loss, what):
+    """Raise UserError where a loss is infinite or not a number."""
+    if not math.isfinite(loss):
+        raise utils.UserError(
+            f"{what} is {loss}; last.pt is from before this epoch; try a smaller --lr, or --no-amp"
+        )
+
+
 def fit(run):
     """Train from where run.history and run.epoch end; save after every epoch.
 
     Returns the exit status: 0, or 128 + the number of the signal that stopped it.
     """
-    args, train_set = run.args, run.sets[0]
-    steps = len(train_set) // args.batch_size
+    args = run.args
     saved, saving = -math.inf, 0.0
     with utils.stop_signals() as stop:
         # Several processes must stop after the same step: they finish the epoch.
         stop_now = stop if run.processes == 1 else []
         for number in range(len(run.history) + 1, args.epochs + 1):
-            started = time.monotonic()
-            if run.epoch is None:
-                order = torch.randperm(len(train_set), generator=run.order)
-                order = order[: steps * args.batch_size].view(steps, args.batch_size)
-                run.epoch = {"number": number, "order": order, "step": 0, "loss": 0.0}
-                run.epoch["lr"] = run.scheduler.get_last_lr()[0]
-            taken = run.epoch["step"]
-            frozen = number <= args.freeze_encoder
-            # The encoder's batch norms are frozen too.
-            run.model.train().encoder.train(not frozen).requires_grad_(not frozen)
+            start_epoch(run, number)
+            started, taken, steps = time.monotonic(), run.epoch["step"], len(run.epoch["order"])
             train_one_epoch(run, stop_now)
             seconds = time.monotonic() - started
-            if not math.isfinite(run.epoch["loss"]):
-                raise utils.UserError(
-                    f"epoch {number}/{args.epochs}: the loss is {run.epoch['loss']}; last.pt is "
-                    "from before this epoch; try a smaller --lr, or --no-amp"
-                )
+            require_finite(run.epoch["loss"], f"epoch {number}/{args.epochs}: the loss")
             val_loss, cm = validate(run, stop_now)
             if stop_now:
                 save(run)
                 return stopped(run, stop_now[0])
-            if math.isnan(val_loss):
-                raise utils.UserError(
-                    f"epoch {number}: the validation loss is nan; last.pt is from before this "
-                    "epoch; try a smaller --lr, or --no-amp"
-                )
+            require_finite(val_loss, f"epoch {number}/{args.epochs}: the validation loss")
             row = {
                 "epoch": number,
                 "lr": run.epoch["lr"],
@@ -435,15 +478,15 @@ def fit(run):
                 "val_pixel_accuracy": utils.pixel_accuracy(cm),
                 "images_per_second": (steps - taken) * args.batch_size / seconds,
                 "seconds": time.monotonic() - started,
+                "size": run.sets[1].size,
             }
             run.history.append(row)
             run.epoch = None
             caught = 0
             if run.processes > 1:  # a process that was told to stop takes the others along
                 caught = int(over_processes(run, max(stop, default=0), "MAX"))
-            patience_ends = number - utils.best_row(run.history)["epoch"] >= (
-                args.patience or math.inf
-            )
+            best = utils.best_row(run.history)["epoch"]
+            patience_ends = number - best >= (args.patience or math.inf)
             if run.rank == 0:
                 # Saving may take a twentieth of the time, no more: on a GPU an epoch takes less
                 # than writing a large network does.
@@ -504,10 +547,19 @@ def main(argv=None):
 
 def set_up(args, resumed, device, rank, processes):
     """Return the Run that the settings and the checkpoint to go on from, or None, describe."""
+    if args.progressive is None:
+        pretrained = args.model.startswith("resnet34") and args.pretrained is not False
+        new = not pretrained and not args.encoder_weights
+        args.progressive = new and args.augment == "affine" and args.size > 64
+    args.epochs = args.epochs or (500 if args.progressive else 100)
     if args.amp is None:
         args.amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     torch.manual_seed(args.seed)
-    sets = train_set, val_set = load_splits(args, device, resumed)
+    history, epoch = (resumed["history"], resumed["unfinished_epoch"]) if resumed else ([], None)
+    # The images never shrink, not even where a run that ended goes on for more epochs.
+    size = image_size(args, min(len(history) + 1, args.epochs))
+    size = max([size] + [row["size"] for row in history])
+    sets = train_set, val_set = load_splits(args, device, size, resumed)
     # Whole batches alone: batch norm learns nothing from a single left-over image. Each epoch has
     # an order of its own, so no image is left out for good.
     args.batch_size = min(args.batch_size, len(train_set))
@@ -516,19 +568,14 @@ def set_up(args, resumed, device, rank, processes):
     num_classes = len(train_set.classes)
     model = models.from_checkpoint(resumed) if resumed else make_model(args, num_classes)
     utils.to_device(model, device)
-    weights = torch.ones(num_classes, device=device)
-    if args.class_weights:
-        weights = data.class_weights(train_set, args.class_weights).to(device)
-    steps = args.epochs * (len(train_set) // args.batch_size)
-    optimizer, scheduler = make_optimizer(model, args, steps)
+    weights = loss_weights(args, train_set, device)
+    optimizer, scheduler = make_optimizer(model, args, len(train_set) // args.batch_size)
     order = torch.Generator().manual_seed(args.seed)
-    history, epoch = [], None
     torch.manual_seed(args.seed + rank)  # each process augments its images differently
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
         order.set_state(resumed["order"])
-        history, epoch = resumed["history"], resumed["unfinished_epoch"]
         if rank == 0:
             utils.set_random_state(resumed["random_state"], device)
     forward = model
