@@ -29,6 +29,8 @@ import models
 import train
 import utils
 
+FLAGS = ("--augment", "--cosine", "--no-progressive")  # of train.py, all epochs at one size
+
 
 def ratio(one, other, turns=5, warm_up=1):
     """Time two functions in turns; return (ratio of the medians, smallest, largest, the medians)."""
@@ -115,7 +117,7 @@ def row_1(root, folder):
         ("darrennet", 224, 3, 1.03),
         ("fcn", 64, 12, 1.08),
     ):
-        flags = ("--model", name, "--data", root, "--size", size, "--augment", "--cosine")
+        flags = ("--model", name, "--data", root, "--size", size, *FLAGS)
         run = make_run(folder / f"{name}-{size}", *flags)
         bare = bare_steps(run.model, 16, size, run.device, steps)
         measured = ratio(epoch_of(run, steps), bare)
@@ -242,7 +244,7 @@ sys.path.insert(0, {tests!r})
 import benchmark, torch, train, models, utils
 name, kind = sys.argv[1:]
 if kind == "loop":
-    flags = ("--model", name, "--data", {root!r}, "--augment", "--cosine", "--device", "cpu")
+    flags = ("--model", name, "--data", {root!r}, *benchmark.FLAGS, "--device", "cpu")
     run = benchmark.make_run(Path({folder!r}, name), *flags)
     benchmark.epoch_of(run, 2)()
 else:

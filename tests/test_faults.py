@@ -127,11 +127,12 @@ def test_stopped_in_the_middle_of_an_epoch_nothing_is_lost(voc, tmp_path, monkey
             return self.looked > checks
 
     monkeypatch.chdir(tmp_path)
-    call(train, *settings(voc, "whole", 2))
+    flags = ["--progressive", "--size", "96"]  # 64 in the first epoch
+    call(train, *settings(voc, "whole", 2), *flags)
     with monkeypatch.context() as patch:
         stopper = contextlib.nullcontext(StopAfter([signal.SIGTERM]))
         patch.setattr(utils, "stop_signals", lambda: stopper)
-        assert train.main(settings(voc, "stopped", 2)) == 128 + signal.SIGTERM
+        assert train.main(settings(voc, "stopped", 2) + flags) == 128 + signal.SIGTERM
     assert utils.load_checkpoint("stopped/last.pt")["unfinished_epoch"]["step"] in (1, 2)
     torch.manual_seed(77)
     call(train, "--resume", "stopped/last.pt")

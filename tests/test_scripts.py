@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ COLUMNS = [
     "val_pixel_accuracy",
     "images_per_second",
     "seconds",
+    "size",
 ]
 
 
@@ -434,6 +436,28 @@ def test_the_readme_has_a_row_for_each_result_of_the_paper():
     )
 
 
+def test_the_script_of_the_results_runs_each_row_that_has_results(tmp_path):
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\necho "$@" >> commands.txt\n')
+    stub.chmod(0o755)
+    path = f"{stub.parent}:{os.environ['PATH']}"
+    script = ["sh", str(REPOSITORY / "docs" / "results.sh"), "VOC"]
+    subprocess.run(script, check=True, env=os.environ | {"PATH": path})
+    commands = [line.split() for line in Path("commands.txt").read_text().splitlines()]
+    trained = [flags for name, *flags in commands if name == "train.py"]
+    scored = [flags for name, *flags in commands if name == "evaluate.py"]
+    for flags in trained:
+        args = train.make_parser().parse_args(flags)
+        assert args.data == "VOC" and [str(args.out / "best.pt")] * 2 == [
+            score[0] for score in scored if score[0] == str(args.out / "best.pt")
+        ]
+    for name, flags in readme_table().items():
+        row = next(line for line in README.splitlines() if line.startswith(f"| {name} |"))
+        in_script = [*flags, "--data"] in [line[: len(flags) + 1] for line in trained]
+        assert in_script != row.endswith("| not run | not run |")
+
+
 def test_pretrained_encoders_start_from_torchvisions_file(voc, trained_encoders, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(trained_encoders))
     quick_train("--model", "resnet34_fcn", "--data", voc, "--freeze-encoder", 9, epochs=1)
@@ -490,6 +514,60 @@ def test_cosine_is_pytorchs_annealing_by_the_step_and_adam_is_pytorchs(voc):
     last = state_of("run/last.pt")
     assert last["scheduler"]["_last_lr"] == [pytest.approx(0, abs=1e-12)]
     assert last["optimizer"]["param_groups"][0]["weight_decay"] == 0
+
+
+def test_images_grow_and_cosine_annealing_starts_anew_with_each_size(voc, monkeypatch):
+    seen, prepare = [], train.prepare
+    monkeypatch.setattr(train, "prepare", lambda *a: (seen.append(a[1].shape[-1]), prepare(*a))[1])
+    flags = ("--model", "fcn", "--data", voc, "--augment", "--cosine", "--batch-size", 2)
+    call(train, *flags, "--size", 224, "--epochs", 5, "--out", "run")
+    with open("run/log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    sizes = [int(row["size"]) for row in rows]
+    assert sizes == [64, 64, 64, 128, 224]
+    # An epoch is two batches of the five images; validation takes three in two.
+    assert seen[:20] == [size for size in sizes for _ in range(4)]
+    expected = [1e-3, 7.5e-4, 2.5e-4, 1e-3, 1e-3]  # (1 + cos(pi t)) / 2 at 0, 1/3 and 2/3
+    assert [float(row["lr"]) for row in rows] == pytest.approx(expected)
+    best = state_of("run/best.pt")
+    assert best["size"] == sizes[best["epoch"] - 1]
+
+
+def test_a_run_that_goes_on_for_more_epochs_keeps_the_size_it_has_come_to(voc):
+    flags = ("--model", "fcn", "--data", voc, "--progressive", "--size", 96)
+    quick_train(*flags, epochs=2)
+    call(train, "--resume", "run/last.pt", "--epochs", 4)
+    assert [row["size"] for row in state_of("run/last.pt")["history"]] == [64, 96, 96, 96]
+
+
+@pytest.mark.parametrize(
+    ("flags", "epochs"),
+    [
+        (("--augment",), 500),
+        (("--augment", "--size", 64), 100),  # no smaller size is of use
+        (("--augment", "--no-progressive"), 100),
+        (("--augment", "--model", "resnet34_fcn", "--no-pretrained"), 500),
+        (("--augment", "flip"), 100),
+        (("--progressive",), 500),
+        (("--progressive", "--epochs", 7), 7),
+        ((), 100),
+    ],
+)
+def test_the_default_number_of_epochs_is_for_small_images_or_for_large_ones(voc, flags, epochs):
+    flags = ("--model", "fcn", "--data", voc, "--out", "run", *flags)
+    args = train.make_parser().parse_args([str(flag) for flag in flags])
+    train.set_up(args, None, torch.device("cpu"), 0, 1)
+    assert args.epochs == epochs and args.progressive == (epochs in (500, 7))
+
+
+def test_pretrained_networks_see_large_images_from_the_start(voc, trained_encoders, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(trained_encoders))
+    encoder = trained_encoders / "erfnet_encoder_pretrained.pth.tar"
+    flags = ("--data", voc, "--augment", "--size", 128)
+    quick_train("--model", "resnet34_fcn", *flags, name="resnet34", epochs=1)
+    quick_train("--model", "darrennet", "--encoder-weights", encoder, *flags, name="erf", epochs=1)
+    assert not state_of("resnet34/last.pt")["args"]["progressive"]
+    assert not state_of("erf/last.pt")["args"]["progressive"]
 
 
 def test_patience_stops_the_run(voc, capsys):
