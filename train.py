@@ -77,12 +77,13 @@ def make_parser():
     add("--freeze-encoder", type=number(int, 0), default=0, metavar="N", help=how)
     how = "images grow from a quarter of --size; default: with affine, unless pretrained"
     add("--progressive", action=argparse.BooleanOptionalAction, help=how)
-    how = "passes over the training images; default: 100, but 500 with --progressive"
+    how = "passes over the training images; default: 100, but 800 with --progressive"
     add("--epochs", type=number(int, 1, 10**6), help=how)
     how = "stop after N epochs without a better validation mIoU; default: never"
     add("--patience", type=number(int, 1), metavar="N", help=how)
     add("--batch-size", type=number(int, 1, 10**5), default=16, help=default)
-    add("--lr", type=number(float, 0, 10), default=1e-3, help="Adam's learning rate; " + default)
+    how = "Adam's learning rate; default: 0.001, but 0.002 with --progressive"
+    add("--lr", type=number(float, 0, 10), help=how)
     add("--cosine", action="store_true", help="anneal the learning rate to 0; default: constant")
     add("--weight-decay", type=number(float, 0, 10), default=0.0, help="decoupled; " + default)
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help=default)
@@ -153,19 +154,20 @@ def make_model(args, num_classes):
 def image_size(args, epoch):
     """Return the side of the images in an epoch, counted from 1.
 
-    With --progressive they grow: of 21 epochs 16 are at a quarter of --size, 4 at half and 1 at all
-    of it, which take about as long as each other. Sides are multiples of 32, 64 at least.
+    With --progressive they grow: of 64 epochs 56 are at a quarter of --size, 7 at half and 1 at all
+    of it, since steps are cheap on small images. Sides are multiples of 32, 64 at least.
     """
-    if not args.progressive or 21 * epoch > 20 * args.epochs:
+    if not args.progressive or 64 * epoch > 63 * args.epochs:
         return args.size
-    part = args.size / (4 if 21 * epoch <= 16 * args.epochs else 2)
+    part = args.size / (4 if 64 * epoch <= 56 * args.epochs else 2)
     return min(args.size, max(64, 32 * math.ceil(part / 32)))
 
 
 def make_optimizer(model, args, steps):
     """Return (Adam with decoupled weight decay, the schedule of its learning rate by the step).
 
-    `steps` is their number in an epoch. Cosine annealing starts anew where the images grow.
+    `steps` is their number in an epoch. Cosine annealing starts anew where the images grow, from a
+    rate that is lower by as much as they are larger.
     """
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
     sizes = [image_size(args, epoch) for epoch in range(1, args.epochs + 1)]
@@ -175,7 +177,8 @@ def make_optimizer(model, args, steps):
             return 1
         size = sizes[min(step // steps, args.epochs - 1)]
         since = step - steps * sizes.index(size)
-        return (1 + math.cos(math.pi * since / (steps * sizes.count(size)))) / 2
+        share = (1 + math.cos(math.pi * since / (steps * sizes.count(size)))) / 2
+        return share * sizes[0] / size
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
 
@@ -551,7 +554,10 @@ def set_up(args, resumed, device, rank, processes):
         pretrained = args.model.startswith("resnet34") and args.pretrained is not False
         new = not pretrained and not args.encoder_weights
         args.progressive = new and args.augment == "affine" and args.size > 64
-    args.epochs = args.epochs or (500 if args.progressive else 100)
+    # 800 epochs on growing images take about as long as 100 on the largest.
+    args.epochs = args.epochs or (800 if args.progressive else 100)
+    if args.lr is None:
+        args.lr = 2e-3 if args.progressive else 1e-3
     if args.amp is None:
         args.amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     torch.manual_seed(args.seed)
