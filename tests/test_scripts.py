@@ -520,15 +520,20 @@ def test_images_grow_and_cosine_annealing_starts_anew_with_each_size(voc, monkey
     seen, prepare = [], train.prepare
     monkeypatch.setattr(train, "prepare", lambda *a: (seen.append(a[1].shape[-1]), prepare(*a))[1])
     flags = ("--model", "fcn", "--data", voc, "--augment", "--cosine", "--batch-size", 2)
-    call(train, *flags, "--size", 224, "--epochs", 5, "--out", "run")
+    call(train, *flags, "--size", 224, "--epochs", 16, "--out", "run")
     with open("run/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     sizes = [int(row["size"]) for row in rows]
-    assert sizes == [64, 64, 64, 128, 224]
+    assert sizes == [64] * 14 + [128, 224]
     # An epoch is two batches of the five images; validation takes three in two.
-    assert seen[:20] == [size for size in sizes for _ in range(4)]
-    expected = [1e-3, 7.5e-4, 2.5e-4, 1e-3, 1e-3]  # (1 + cos(pi t)) / 2 at 0, 1/3 and 2/3
-    assert [float(row["lr"]) for row in rows] == pytest.approx(expected)
+    assert seen == [size for size in sizes for _ in range(4)]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 2e-3)
+    expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=14)
+    for row in rows[:14]:
+        assert float(row["lr"]) == pytest.approx(expected.get_last_lr()[0])
+        optimizer.step()
+        expected.step()
+    assert [float(row["lr"]) for row in rows[14:]] == pytest.approx([1e-3, 2e-3 * 64 / 224])
     best = state_of("run/best.pt")
     assert best["size"] == sizes[best["epoch"] - 1]
 
@@ -541,23 +546,24 @@ def test_a_run_that_goes_on_for_more_epochs_keeps_the_size_it_has_come_to(voc):
 
 
 @pytest.mark.parametrize(
-    ("flags", "epochs"),
+    ("flags", "progressive", "epochs", "lr"),
     [
-        (("--augment",), 500),
-        (("--augment", "--size", 64), 100),  # no smaller size is of use
-        (("--augment", "--no-progressive"), 100),
-        (("--augment", "--model", "resnet34_fcn", "--no-pretrained"), 500),
-        (("--augment", "flip"), 100),
-        (("--progressive",), 500),
-        (("--progressive", "--epochs", 7), 7),
-        ((), 100),
+        (("--augment",), True, 800, 2e-3),
+        (("--augment", "--size", 64), False, 100, 1e-3),  # no smaller size is of use
+        (("--augment", "--no-progressive"), False, 100, 1e-3),
+        (("--augment", "--model", "resnet34_fcn", "--no-pretrained"), True, 800, 2e-3),
+        (("--augment", "flip"), False, 100, 1e-3),
+        (("--progressive",), True, 800, 2e-3),
+        (("--progressive", "--epochs", 7, "--lr", 0), True, 7, 0),
+        ((), False, 100, 1e-3),
     ],
 )
-def test_the_default_number_of_epochs_is_for_small_images_or_for_large_ones(voc, flags, epochs):
+def test_the_defaults_are_for_growing_images_or_for_large_ones(voc, flags, progressive, epochs, lr):
     flags = ("--model", "fcn", "--data", voc, "--out", "run", *flags)
     args = train.make_parser().parse_args([str(flag) for flag in flags])
-    train.set_up(args, None, torch.device("cpu"), 0, 1)
-    assert args.epochs == epochs and args.progressive == (epochs in (500, 7))
+    run = train.set_up(args, None, torch.device("cpu"), 0, 1)
+    assert (args.progressive, args.epochs) == (progressive, epochs)
+    assert run.optimizer.defaults["lr"] == args.lr == lr
 
 
 def test_pretrained_networks_see_large_images_from_the_start(voc, trained_encoders, monkeypatch):
