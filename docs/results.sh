@@ -23,10 +23,11 @@ run fcn-affine-cosine-weights --model fcn --augment --cosine --class-weights --s
 run darrennet-paper --model darrennet --augment flip --cosine --class-weights --size 96 --epochs 150
 run unet --model unet --augment --cosine --size 64 --epochs 60
 
-# The defaults: three seeds.
+run darrennet-224 --model darrennet --augment --cosine --no-progressive
+
+# The defaults, with two seeds.
 run defaults --model darrennet --augment --cosine
 run defaults-1 --model darrennet --augment --cosine --seed 1
-run defaults-2 --model darrennet --augment --cosine --seed 2
 
 # What is shipped, and two more seeds of it.
 run darrennet --model darrennet --augment --cosine --size 64 --epochs 900 --lr 2e-3

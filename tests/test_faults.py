@@ -165,7 +165,7 @@ def test_weights_that_broke_in_an_epochs_last_step_are_not_saved(voc, tmp_path, 
     call(train, *settings(voc, "run", 1))
     before = Path("run/last.pt").read_bytes()
     monkeypatch.setattr(train, "validate", lambda *args: (float("nan"), None))
-    with pytest.raises(utils.UserError, match="epoch 2: the validation loss is nan.*--lr"):
+    with pytest.raises(utils.UserError, match="epoch 2/2: the validation loss is nan.*--lr"):
         call(train, "--resume", "run/last.pt", "--epochs", 2)
     assert Path("run/last.pt").read_bytes() == before
 
