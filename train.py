@@ -147,7 +147,8 @@ def make_model(args, num_classes):
             loaded, left = models.load_encoder(model, utils.read_tensors(args.encoder_weights))
         except (models.ModelError, AttributeError) as error:
             raise utils.UserError(f"{args.encoder_weights}: {error}; it is not for {args.model}")
-        print(f"{args.encoder_weights}: {len(loaded)} tensors loaded; left out: {', '.join(left)}")
+        left = ", ".join(left) or "nothing"
+        print(f"{args.encoder_weights}: {len(loaded)} tensors loaded; left out: {left}")
     return model
 
 
