@@ -90,6 +90,9 @@ class NonBottleneck1d(nn.Module):
         self.conv3x1_2 = nn.Conv2d(channels, channels, (3, 1), padding=(d, 0), dilation=(d, 1))
         self.conv1x3_2 = nn.Conv2d(channels, channels, (1, 3), padding=(0, d), dilation=(1, d))
         self.bn2 = nn.BatchNorm2d(channels, eps=1e-3)
+        # At first the block passes its input on unchanged (Goyal et al. 2017, Accurate, Large
+        # Minibatch SGD, section 5.1): else the signal grows from block to block.
+        nn.init.zeros_(self.bn2.weight)
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x):

@@ -121,6 +121,18 @@ def to_device(model, device):
     return model.to(device, memory_format=torch.preserve_format if apple else torch.channels_last)
 
 
+def has_fast_bfloat16(device):
+    """Return whether the device multiplies bfloat16 matrices in hardware: GPUs from Ampere on, AMX.
+
+    AMX is part of Intel's server processors since 2023; a DarrenNet trains twice as fast with it
+    (row 2 of tests/benchmark.py). Versions of PyTorch that do not tell count as without.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and capabilities.get("amx_bf16", False)
+
+
 def initialize(model, scheme):
     """Set all weights of convolutions and linear layers by PyTorch's initialiser of that name.
 
@@ -128,7 +140,7 @@ def initialize(model, scheme):
     `xavier_uniform`: uniform within +- sqrt(6 / (n_in + n_out)) (Glorot and Bengio 2010; eq. 1).
     `xavier_normal`: normal, deviation sqrt(2 / (n_in + n_out)) (eq. 2).
     n_in and n_out are the connections that PyTorch counts (its fan_in and fan_out). Biases become
-    0; batch norms 1 and 0. Raises ValueError for another scheme.
+    0; batch norms stay as the network made them. Raises ValueError for another scheme.
     """
     if scheme not in INITIALIZERS:
         raise ValueError(f"no scheme is called '{scheme}'; choose from {', '.join(INITIALIZERS)}")
@@ -137,9 +149,6 @@ def initialize(model, scheme):
             INITIALIZERS[scheme](module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
 
 
 def confusion_matrix(pred, mask, num_classes):

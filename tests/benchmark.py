@@ -88,7 +88,7 @@ def epoch_of(run, steps):
 def bare_steps(model, batch, size, device, steps, plain=False):
     """Return a function that takes steps on a batch that is there already.
 
-    The images have the layout that train.py gives them, or PyTorch's own where they are `plain`.
+    Layout and precision are those of train.py, or PyTorch's own where they are `plain`.
     """
     images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     images = data.normalize(images)
@@ -96,7 +96,7 @@ def bare_steps(model, batch, size, device, steps, plain=False):
         images = images.contiguous()
     labels = torch.randint(0, 21, (batch, size, size), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    use_amp = device.type == "cuda"
+    use_amp = not plain and utils.has_fast_bfloat16(device)
 
     def run():
         model.train()

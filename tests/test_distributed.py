@@ -46,7 +46,7 @@ def read_rows(path):
 def test_two_processes_train_and_score_as_one_does(tmp_path):
     write_voc(tmp_path / "voc", {"train": 9, "val": 5})
     flags = ("--data", "voc", "--model", "fcn", "--size", 32, "--batch-size", 4, "--lr", 1e-5)
-    flags += ("--class-weights", "enet", "--device", "cpu")
+    flags += ("--class-weights", "enet", "--device", "cpu", "--no-amp")
     for processes in (1, 2):
         out = ("--epochs", 2, "--out", f"run-{processes}")
         result = train_without_batch_norm(tmp_path, processes, *flags, *out)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet34
 
 import models
+import utils
 
 
 def conv(n_in, n_out, kernel_height, kernel_width=None):
@@ -125,11 +126,13 @@ def test_darrennet_has_erfnets_dilations_and_dropouts():
         assert encoder(torch.zeros(1, 3, 224, 224)).shape == (1, 128, 28, 28)
 
 
-def test_non_bottleneck_is_residual():
-    block = models.NonBottleneck1d(8, dilation=4).eval()
-    nn.init.zeros_(block.bn2.weight)
+def test_non_bottleneck_is_residual_and_starts_by_passing_its_input_on():
+    block = models.NonBottleneck1d(8, dilation=4)
+    utils.initialize(block, "kaiming")
     x = torch.randn(1, 8, 20, 20)
     assert torch.equal(block(x), x.relu())
+    nn.init.ones_(block.bn2.weight)
+    assert not torch.equal(block(x), x.relu())
 
 
 def test_an_unknown_name_is_refused_with_the_choices():

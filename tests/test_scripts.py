@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_VOC, REPOSITORY, call, check, run_script
+from conftest import REAL_VOC, REPOSITORY, call, check, run_script, write_voc
 from PIL import Image
 from test_data import KINDS, write_folder
 from test_models import published_file, random_encoder
@@ -514,7 +514,7 @@ def test_cosine_is_pytorchs_annealing_by_the_step_and_adam_is_pytorchs(voc):
                 expected.step()
     last = state_of("run/last.pt")
     assert last["scheduler"]["_last_lr"] == [pytest.approx(0, abs=1e-12)]
-    assert last["optimizer"]["param_groups"][0]["weight_decay"] == 0
+    assert last["optimizer"]["param_groups"][0]["weight_decay"] == 0.05
 
 
 def test_images_grow_and_cosine_annealing_starts_anew_with_each_size(voc, monkeypatch):
@@ -525,16 +525,16 @@ def test_images_grow_and_cosine_annealing_starts_anew_with_each_size(voc, monkey
     with open("run/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     sizes = [int(row["size"]) for row in rows]
-    assert sizes == [64] * 14 + [128, 224]
+    assert sizes == [64] * 10 + [128] * 5 + [224]
     # An epoch is two batches of the five images; validation takes three in two.
     assert seen == [size for size in sizes for _ in range(4)]
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 2e-3)
-    expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=14)
-    for row in rows[:14]:
-        assert float(row["lr"]) == pytest.approx(expected.get_last_lr()[0])
-        optimizer.step()
-        expected.step()
-    assert [float(row["lr"]) for row in rows[14:]] == pytest.approx([1e-3, 2e-3 * 64 / 224])
+    for part, lr in ((rows[:10], 2e-3), (rows[10:15], 1e-3), (rows[15:], 2e-3 * 64 / 224)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr)
+        expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(part))
+        for row in part:
+            assert float(row["lr"]) == pytest.approx(expected.get_last_lr()[0])
+            optimizer.step()
+            expected.step()
     best = state_of("run/best.pt")
     assert best["size"] == sizes[best["epoch"] - 1]
 
@@ -547,23 +547,26 @@ def test_a_run_that_goes_on_for_more_epochs_keeps_the_size_it_has_come_to(voc):
 
 
 @pytest.mark.parametrize(
-    ("flags", "progressive", "epochs", "lr"),
+    ("flags", "progressive", "epochs", "batch", "lr"),
     [
-        (("--augment",), True, 800, 2e-3),
-        (("--augment", "--size", 64), False, 100, 1e-3),  # no smaller size is of use
-        (("--augment", "--no-progressive"), False, 100, 1e-3),
-        (("--augment", "--model", "resnet34_fcn", "--no-pretrained"), True, 800, 2e-3),
-        (("--augment", "flip"), False, 100, 1e-3),
-        (("--progressive",), True, 800, 2e-3),
-        (("--progressive", "--epochs", 7, "--lr", 0), True, 7, 0),
-        ((), False, 100, 1e-3),
+        (("--augment",), True, 500, 8, 2e-3),
+        (("--augment", "--size", 64), False, 100, 16, 1e-3),  # no smaller size is of use
+        (("--augment", "--no-progressive"), False, 100, 16, 1e-3),
+        (("--augment", "--model", "resnet34_fcn", "--no-pretrained"), True, 500, 8, 2e-3),
+        (("--augment", "flip"), False, 100, 16, 1e-3),
+        (("--progressive",), True, 500, 8, 2e-3),
+        (("--progressive", "--epochs", 7, "--batch-size", 3, "--lr", 0), True, 7, 3, 0),
+        ((), False, 100, 16, 1e-3),
     ],
 )
-def test_the_defaults_are_for_growing_images_or_for_large_ones(voc, flags, progressive, epochs, lr):
-    flags = ("--model", "fcn", "--data", voc, "--out", "run", *flags)
+def test_defaults_are_for_growing_images_or_large_ones(
+    tmp_path, flags, progressive, epochs, batch, lr
+):
+    write_voc(tmp_path / "voc", {"train": 17, "val": 1})
+    flags = ("--model", "fcn", "--data", "voc", "--out", "run", *flags)
     args = train.make_parser().parse_args([str(flag) for flag in flags])
     run = train.set_up(args, None, torch.device("cpu"), 0, 1)
-    assert (args.progressive, args.epochs) == (progressive, epochs)
+    assert (args.progressive, args.epochs, args.batch_size) == (progressive, epochs, batch)
     assert run.optimizer.defaults["lr"] == args.lr == lr
 
 

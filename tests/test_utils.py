@@ -85,7 +85,8 @@ def test_initial_weights_follow_the_papers_equations(scheme):
         largest = weight.abs().max().item()
         assert 0.999 * bound < largest <= bound if scheme == "xavier_uniform" else largest > bound
         assert (module.bias == 0).all()
-    assert (model[1].weight == 1).all() and (model[1].bias == 0).all()
+    # Batch norms are the network's own affair.
+    assert (model[1].weight == 7).all() and (model[1].bias == 7).all()
 
 
 # ------------------------------------------------------------------------------------ segment
@@ -125,6 +126,16 @@ def test_select_device():
     for name in ("cuda:99", "toaster"):
         with pytest.raises(utils.UserError, match=f"device '{name}' cannot be used here"):
             utils.select_device(name)
+
+
+def test_bfloat16_is_taken_where_the_processor_multiplies_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for told, expected in (({"amx_bf16": True}, True), ({"amx_bf16": False}, False), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda told=told: told, raising=False)
+        assert utils.has_fast_bfloat16(cpu) is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in older versions of PyTorch
+    assert utils.has_fast_bfloat16(cpu) is False
+    assert utils.has_fast_bfloat16(torch.device("mps")) is False
 
 
 # ---------------------------------------------------------------------------------- checkpoints
