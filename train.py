@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 import data
@@ -42,6 +43,7 @@ class Run:
     sets: tuple  # the training and the validation set
     model: nn.Module
     forward: nn.Module  # the model, or what makes it one of several processes' copies
+    average: AveragedModel  # of the model over the steps, which is what is scored and kept
     weights: torch.Tensor  # of the classes, in the loss
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -87,6 +89,8 @@ def make_parser():
     add("--lr", type=number(float, 0, 10), help=how)
     add("--cosine", action="store_true", help="anneal the learning rate to 0; default: constant")
     add("--weight-decay", type=number(float, 0, 10), default=0.05, help="decoupled; " + default)
+    how = "score and keep the weights' moving average, which lasts 1/(1 - X) steps; " + default
+    add("--ema", type=number(float, 0, 0.9999), default=0.995, metavar="X", help=how)
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help=default)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps; " + default)
     how = "compute in bfloat16 where that is safe; default: on GPUs and CPUs that are fast at it"
@@ -109,7 +113,7 @@ def resume(parser, argv, path):
     """
     path = utils.newest_checkpoint("last.pt") if path == "newest" else Path(path)
     checkpoint = utils.load_checkpoint(path)
-    if "optimizer" not in checkpoint:
+    if "trained" not in checkpoint:
         raise utils.UserError(f"{path}: has no optimizer state; resume from the run's last.pt")
     parser.set_defaults(**checkpoint["args"], out=path.parent)
     args = parser.parse_args(argv)
@@ -183,6 +187,20 @@ def make_optimizer(model, args, steps):
         return share * sizes[0] / size
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
+
+
+def make_average(model, decay):
+    """Return the exponential moving average of a model's weights and of its batch norms' averages.
+
+    Early on it lasts a tenth of the steps so far, so that short trainings are not held back.
+    """
+
+    def update(averages, values, _):
+        steps = average.n_averaged.item()  # always on the CPU: nothing waits for a GPU
+        get_ema_multi_avg_fn(min(decay, steps / (steps + 10)))(averages, values, _)
+
+    average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    return average
 
 
 def batches(run, dataset, indices):
@@ -261,6 +279,7 @@ def train_one_epoch(run, stop):
         loss.backward()
         run.optimizer.step()
         run.scheduler.step()
+        run.average.update_parameters(run.model)
         epoch["step"] += 1
         epoch["loss"] += loss.detach() / run.processes
         if stop:
@@ -270,12 +289,12 @@ def train_one_epoch(run, stop):
 
 @torch.inference_mode()
 def validate(run, stop):
-    """Score the validation set at the epoch's size, void left out; return (loss, confusion matrix).
+    """Score the average on the validation set, void left out; return (loss, confusion matrix).
 
     The loss is the mean over all pixels of the split, so it does not depend on the batch size.
     Ends early where `stop` has an entry.
     """
-    run.model.eval()
+    model = run.average.module.eval()
     dataset, num_classes = run.sets[1], len(run.sets[1].classes)
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
     sums = torch.zeros(2, device=run.device)
@@ -288,7 +307,7 @@ def validate(run, stop):
             break
         masks = masks.to(run.device, non_blocking=True)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.amp):
-            logits = run.model(prepare(run, images)).float()
+            logits = model(prepare(run, images)).float()
         cm += utils.confusion_matrix(logits.max(1).indices, masks, num_classes)
         sums += torch.stack(total_loss(logits, masks, run.weights))
     if run.processes > 1:
@@ -310,7 +329,7 @@ def save(run, last=True):
         "palette": train_set.palette,
         "size": run.sets[1].size,
         "data": run.args.data,
-        "state_dict": run.model.state_dict(),
+        "state_dict": run.average.module.state_dict(),
         "epoch": len(run.history),
         "metrics": run.history[-1] if run.history else {},
     }
@@ -319,6 +338,7 @@ def save(run, last=True):
     if last:
         checkpoint |= {
             "args": {k: v for k, v in vars(run.args).items() if k not in ("out", "resume")},
+            "trained": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "scheduler": run.scheduler.state_dict(),
             "random_state": utils.random_state(run.device),
@@ -577,11 +597,14 @@ def set_up(args, resumed, device, rank, processes):
     num_classes = len(train_set.classes)
     model = models.from_checkpoint(resumed) if resumed else make_model(args, num_classes)
     utils.to_device(model, device)
+    average = make_average(model, args.ema)
     weights = loss_weights(args, train_set, device)
     optimizer, scheduler = make_optimizer(model, args, len(train_set) // args.batch_size)
     order = torch.Generator().manual_seed(args.seed)
     torch.manual_seed(args.seed + rank)  # each process augments its images differently
     if resumed:
+        model.load_state_dict(resumed["trained"])
+        average.n_averaged.fill_(resumed["scheduler"]["last_epoch"])
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
         order.set_state(resumed["order"])
@@ -596,6 +619,7 @@ def set_up(args, resumed, device, rank, processes):
         )
     if args.compile:
         model.compile()
+        average.module.compile()
     if rank == 0:
         args.out = args.out if resumed else new_run_folder(args.out, args.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -607,8 +631,8 @@ def set_up(args, resumed, device, rank, processes):
         flush=True,
     )
     return Run(
-        args, args.out, device, sets, model, forward, weights, optimizer, scheduler, order, history,
-        epoch, rank, processes,
+        args, args.out, device, sets, model, forward, average, weights, optimizer, scheduler, order,
+        history, epoch, rank, processes,
     )  # fmt: skip
 
 
