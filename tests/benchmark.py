@@ -88,14 +88,14 @@ def epoch_of(run, steps):
 def bare_steps(model, batch, size, device, steps, plain=False):
     """Return a function that takes steps on a batch that is there already.
 
-    Layout and precision are those of train.py, or PyTorch's own where they are `plain`.
+    Layout, precision and optimizer are as in train.py, or as PyTorch has them where they are `plain`.
     """
     images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     images = data.normalize(images)
     if plain:
         images = images.contiguous()
     labels = torch.randint(0, 21, (batch, size, size), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=not plain)
     use_amp = not plain and utils.has_fast_bfloat16(device)
 
     def run():

@@ -43,6 +43,7 @@ def outcome(run):
     timeless = [{k: v for k, v in row.items() if "second" not in k} for row in last["history"]]
     return [
         last["state_dict"],
+        last["trained"],
         last["optimizer"],
         last["scheduler"],
         last["random_state"],

@@ -517,6 +517,42 @@ def test_cosine_is_pytorchs_annealing_by_the_step_and_adam_is_pytorchs(voc):
     assert last["optimizer"]["param_groups"][0]["weight_decay"] == 0.05
 
 
+def test_the_average_follows_the_weights_for_as_long_as_it_should():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.BatchNorm1d(2))
+    average = train.make_average(model, 0.9)
+    generator, expected = torch.Generator().manual_seed(0), 0
+    for step in range(200):
+        drawn = torch.randn(3, 2, generator=generator)
+        with torch.no_grad():
+            model[0].weight.copy_(drawn[:2])
+            model[1].running_mean.copy_(drawn[2])
+        average.update_parameters(model)
+        # The share of what has been so far: none at first, then as if ten steps were before it.
+        decay = min(0.9, step / (step + 10))
+        expected = decay * expected + (1 - decay) * drawn.numpy()
+    kept = average.module.state_dict()
+    assert np.allclose(kept["0.weight"], expected[:2], atol=1e-6)
+    assert np.allclose(kept["1.running_mean"], expected[2], atol=1e-6)
+
+
+def test_the_average_is_what_is_scored_and_kept(voc):
+    quick_train("--model", "fcn", "--data", voc, "--no-amp", name="averaged")
+    last = state_of("averaged/last.pt")
+    dataset = data.VOC(voc, "val", size=32)
+    losses = []
+    for weights in (last["state_dict"], last["trained"]):
+        model = models.from_checkpoint(last | {"state_dict": weights})
+        with torch.inference_mode():
+            logits = model(data.normalize(dataset.images))
+        labels = dataset.masks.long()
+        losses.append(torch.nn.functional.cross_entropy(logits, labels, ignore_index=255).item())
+    logged = last["history"][-1]["val_loss"]
+    assert logged == pytest.approx(losses[0], rel=1e-5)
+    assert logged != pytest.approx(losses[1], rel=1e-4)
+    quick_train("--model", "fcn", "--data", voc, "--no-amp", "--ema", 0, name="plain")
+    assert same_weights(state_of("plain/last.pt"), {"state_dict": last["trained"]})
+
+
 def test_images_grow_and_cosine_annealing_starts_anew_with_each_size(voc, monkeypatch):
     seen, prepare = [], train.prepare
     monkeypatch.setattr(train, "prepare", lambda *a: (seen.append(a[1].shape[-1]), prepare(*a))[1])
