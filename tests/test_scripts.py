@@ -557,14 +557,14 @@ def test_images_grow_and_cosine_annealing_starts_anew_with_each_size(voc, monkey
     seen, prepare = [], train.prepare
     monkeypatch.setattr(train, "prepare", lambda *a: (seen.append(a[1].shape[-1]), prepare(*a))[1])
     flags = ("--model", "fcn", "--data", voc, "--augment", "--cosine", "--batch-size", 2)
-    call(train, *flags, "--size", 224, "--epochs", 16, "--out", "run")
+    call(train, *flags, "--size", 224, "--epochs", 32, "--out", "run")
     with open("run/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     sizes = [int(row["size"]) for row in rows]
-    assert sizes == [64] * 10 + [128] * 5 + [224]
+    assert sizes == [64] * 20 + [128] * 11 + [224]
     # An epoch is two batches of the five images; validation takes three in two.
     assert seen == [size for size in sizes for _ in range(4)]
-    for part, lr in ((rows[:10], 2e-3), (rows[10:15], 1e-3), (rows[15:], 2e-3 * 64 / 224)):
+    for part, lr in ((rows[:20], 2e-3), (rows[20:31], 1e-3), (rows[31:], 2e-3 * 64 / 224)):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr)
         expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(part))
         for row in part:
@@ -585,12 +585,12 @@ def test_a_run_that_goes_on_for_more_epochs_keeps_the_size_it_has_come_to(voc):
 @pytest.mark.parametrize(
     ("flags", "progressive", "epochs", "batch", "lr"),
     [
-        (("--augment",), True, 500, 8, 2e-3),
+        (("--augment",), True, 800, 16, 2e-3),
         (("--augment", "--size", 64), False, 100, 16, 1e-3),  # no smaller size is of use
         (("--augment", "--no-progressive"), False, 100, 16, 1e-3),
-        (("--augment", "--model", "resnet34_fcn", "--no-pretrained"), True, 500, 8, 2e-3),
+        (("--augment", "--model", "resnet34_fcn", "--no-pretrained"), True, 800, 16, 2e-3),
         (("--augment", "flip"), False, 100, 16, 1e-3),
-        (("--progressive",), True, 500, 8, 2e-3),
+        (("--progressive",), True, 800, 16, 2e-3),
         (("--progressive", "--epochs", 7, "--batch-size", 3, "--lr", 0), True, 7, 3, 0),
         ((), False, 100, 16, 1e-3),
     ],
