@@ -174,7 +174,7 @@ def make_optimizer(model, args, steps):
     `steps` is their number in an epoch. Cosine annealing starts anew where the images grow, from a
     rate that is lower by as much as they are larger.
     """
-    # Fused takes a third of the time, of a step on small images a tenth (DarrenNet) or a third (FCN).
+    # Fused takes 0.26 to 0.40 of the time on a CPU.
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True
     )
