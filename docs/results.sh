@@ -25,6 +25,15 @@ run unet --model unet --augment --cosine --size 64 --epochs 60
 
 run darrennet-224 --model darrennet --augment --cosine --no-progressive
 
-# The defaults, and what is shipped.
-run darrennet --model darrennet --augment --cosine
-run darrennet-2 --model darrennet --augment --cosine --size 128 --epochs 150 --batch-size 8 --encoder-weights runs/darrennet/best.pt
+# The defaults, with two seeds.
+run defaults --model darrennet --augment --cosine
+run defaults-1 --model darrennet --augment --cosine --seed 1
+
+# What is shipped, and two more seeds of its first two steps.
+run darrennet --model darrennet --augment --cosine --size 64 --epochs 900 --lr 2e-3
+run darrennet-2 --model darrennet --augment --cosine --size 128 --epochs 160 --encoder-weights runs/darrennet/best.pt
+run darrennet-3 --model darrennet --augment --cosine --size 128 --epochs 200 --batch-size 8 --encoder-weights runs/darrennet-2/best.pt
+for seed in 1 2; do
+    run seed$seed --model darrennet --augment --cosine --size 64 --epochs 900 --lr 2e-3 --seed $seed
+    run seed$seed-2 --model darrennet --augment --cosine --size 128 --epochs 160 --encoder-weights runs/seed$seed/best.pt --seed $seed
+done
