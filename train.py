@@ -578,7 +578,7 @@ def set_up(args, resumed, device, rank, processes):
         pretrained = args.model.startswith("resnet34") and args.pretrained is not False
         new = not pretrained and not args.encoder_weights
         args.progressive = new and args.augment == "affine" and args.size > 64
-    # 800 epochs on growing images take about twice as long as 100 on the largest.
+    # 800 epochs on growing images take about 1.5 times as long as 100 on the largest.
     args.epochs = args.epochs or (800 if args.progressive else 100)
     if args.lr is None:
         args.lr = 2e-3 if args.progressive else 1e-3
