@@ -87,7 +87,8 @@ def make_parser():
     how = "Adam's learning rate; default: 0.001, but 0.002 with --progressive"
     add("--lr", type=number(float, 0, 10), help=how)
     add("--cosine", action="store_true", help="anneal the learning rate to 0; default: constant")
-    add("--weight-decay", type=number(float, 0, 10), default=0.05, help="decoupled; " + default)
+    how = "decoupled from the gradient; default: 0.05, but 0.2 with --progressive"
+    add("--weight-decay", type=number(float, 0, 10), help=how)
     how = "score and keep the weights' moving average, which lasts 1/(1 - X) steps; " + default
     add("--ema", type=number(float, 0, 0.9999), default=0.99, metavar="X", help=how)
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help=default)
@@ -582,6 +583,8 @@ def set_up(args, resumed, device, rank, processes):
     args.epochs = args.epochs or (800 if args.progressive else 100)
     if args.lr is None:
         args.lr = 2e-3 if args.progressive else 1e-3
+    if args.weight_decay is None:
+        args.weight_decay = 0.2 if args.progressive else 0.05
     if args.amp is None:
         args.amp = utils.has_fast_bfloat16(device)
     torch.manual_seed(args.seed)

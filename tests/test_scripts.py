@@ -575,20 +575,21 @@ def test_a_run_that_goes_on_for_more_epochs_keeps_the_size_it_has_come_to(voc):
 
 
 @pytest.mark.parametrize(
-    ("flags", "progressive", "epochs", "batch", "lr"),
+    ("flags", "progressive", "epochs", "batch", "lr", "decay"),
     [
-        (("--augment",), True, 800, 16, 2e-3),
-        (("--augment", "--size", 64), False, 100, 16, 1e-3),  # no smaller size is of use
-        (("--augment", "--no-progressive"), False, 100, 16, 1e-3),
-        (("--augment", "--model", "resnet34_fcn", "--no-pretrained"), True, 800, 16, 2e-3),
-        (("--augment", "flip"), False, 100, 16, 1e-3),
-        (("--progressive",), True, 800, 16, 2e-3),
-        (("--progressive", "--epochs", 7, "--batch-size", 3, "--lr", 0), True, 7, 3, 0),
-        ((), False, 100, 16, 1e-3),
+        (("--augment",), True, 800, 16, 2e-3, 0.2),
+        (("--augment", "--size", 64), False, 100, 16, 1e-3, 0.05),  # no smaller size is of use
+        (("--augment", "--no-progressive"), False, 100, 16, 1e-3, 0.05),
+        (("--augment", "--model", "resnet34_fcn", "--no-pretrained"), True, 800, 16, 2e-3, 0.2),
+        (("--augment", "flip"), False, 100, 16, 1e-3, 0.05),
+        (("--progressive",), True, 800, 16, 2e-3, 0.2),
+        (("--progressive", "--epochs", 7, "--batch-size", 3), True, 7, 3, 2e-3, 0.2),
+        (("--progressive", "--lr", 0, "--weight-decay", 0), True, 800, 16, 0, 0),
+        ((), False, 100, 16, 1e-3, 0.05),
     ],
 )
 def test_defaults_are_for_growing_images_or_large_ones(
-    tmp_path, flags, progressive, epochs, batch, lr
+    tmp_path, flags, progressive, epochs, batch, lr, decay
 ):
     write_voc(tmp_path / "voc", {"train": 17, "val": 1})
     flags = ("--model", "fcn", "--data", "voc", "--out", "run", *flags)
@@ -596,6 +597,7 @@ def test_defaults_are_for_growing_images_or_large_ones(
     run = train.set_up(args, None, torch.device("cpu"), 0, 1)
     assert (args.progressive, args.epochs, args.batch_size) == (progressive, epochs, batch)
     assert run.optimizer.defaults["lr"] == args.lr == lr
+    assert run.optimizer.defaults["weight_decay"] == args.weight_decay == decay
 
 
 def test_pretrained_networks_see_large_images_from_the_start(voc, trained_encoders, monkeypatch):
