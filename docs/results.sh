@@ -30,4 +30,4 @@ for seed in 1 2; do
 done
 
 # The shipped network, which is this run's best.pt in half precision.
-run darrennet-longer --model darrennet --augment --cosine --epochs 1400 --weight-decay 0.2
+run darrennet-longer --model darrennet --augment --cosine --epochs 1400
