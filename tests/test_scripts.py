@@ -423,7 +423,7 @@ def test_every_row_of_the_readmes_table_trains_scores_and_predicts(
 
 
 def test_the_readme_has_a_row_for_each_result_of_the_paper():
-    assert len(readme_table()) == 17
+    assert len(readme_table()) == 18
     assert {flags[flags.index("--model") + 1] for flags in readme_table().values()} == set(
         models.MODELS
     )
