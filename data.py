@@ -1,24 +1,36 @@
 """VOC-layout folders, a drawn data set, and what is done to a batch on its way to the network.
 
-train = VOC("data", "train", size=224)       # decoded and resized once, kept as uint8
-image, mask = train[0]                       # uint8 (3, 224, 224) and (224, 224)
-images, masks = train[[0, 5, 7]]             # a list of indices gives a whole batch
-images, masks = augment(images, masks)       # another random transform for each sample
-logits = model(normalize(images))
+    python data.py --data DIR                    look a folder over before hours are spent on it
+    python data.py --splits train val test       PASCAL VOC 2007 in data/
+
+    train = VOC("data", "train", size=224)       # decoded and resized once, kept as uint8
+    image, mask = train[0]                       # uint8 (3, 224, 224) and (224, 224)
+    images, masks = train[[0, 5, 7]]             # a list of indices gives a whole batch
+    images, masks = augment(images, masks)       # another random transform for each sample
+    logits = model(normalize(images))
+
+As a script it prints what is wrong with a folder, and exits with 1 where training would refuse it;
+else what is worth knowing, how many images and pixels each class has, and the class weights.
 """
 
 import colorsys
 import contextlib
+import functools
+import hashlib
 import math
 import os
+import re
+import shutil
 import socket
 import struct
 import sys
 import tarfile
+import tempfile
+import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -29,7 +41,16 @@ from torch.utils.data import Dataset
 TIMEOUT = 30  # seconds for which a download waits for a silent host
 VOID = 255  # the mask value that counts neither in the loss nor in a score
 VOID_COLOR = (224, 224, 192)  # VOC's, for void in masks that are coloured instead of indexed
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+# The folders of the images and of their masks, by the tool that writes them.
+LAYOUTS = (
+    ("JPEGImages", "SegmentationClass"),  # VOC, CVAT, newer labelme
+    ("JPEGImages", "SegmentationClassPNG"),  # older labelme, beside SegmentationClass/*.npy
+    ("images", "masks"),
+    ("imgs", "masks"),  # Carvana
+    ("img", "masks_machine"),  # Supervisely
+)
+ROBOFLOW = "_classes.csv"  # lies in a folder that holds images and their NAME_mask.png together
 # fmt: off
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -42,7 +63,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-class DataError(ValueError):
+class DataError(Exception):
     """Something is wrong with the user's data; the message names the file and the remedy."""
 
 
@@ -58,22 +79,28 @@ def color_map(n):
     ]
 
 
+@functools.cache
+def _say(line):
+    """Print a line to standard error, the same line once only."""
+    print(line, file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------ one picture
+
+
 @contextlib.contextmanager
 def _open(path, what):
     """Open a picture file; whatever Pillow raises on a broken one becomes a DataError."""
     try:
         with Image.open(path) as image:
             # A phone's MPO holds smaller versions of the same photograph behind the first.
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                raise DataError(
-                    f"{path}: has {image.n_frames} frames; save one of them as the {what}"
-                )
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":
+                raise DataError(f"{path}: has {frames} frames; save one of them as the {what}")
             yield image
     except Image.DecompressionBombError as error:
         limit = 2 * Image.MAX_IMAGE_PIXELS
         raise DataError(f"{path}: has more than {limit:,} pixels; shrink it first") from error
-    except DataError:
-        raise
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as an {what} ({error}); replace it") from error
 
@@ -81,18 +108,36 @@ def _open(path, what):
 def load_image(path):
     """Return the image file as a PIL image in mode RGB, turned upright as its EXIF data says.
 
-    Raises DataError where the file is not a readable image, or has several frames.
+    Transparent pixels are put over white. 16-bit grey is scaled by its range, 0 to 65535, floats by
+    0 to 1. Raises DataError for a file that is no readable image, has several frames, or holds
+    other numbers, of which nobody knows which one is white.
     """
-    with _open(path, "image") as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    with _open(path, "image") as file:
+        image, mode = ImageOps.exif_transpose(file), file.mode
+        if mode == "I" and file.format == "PNG":
+            mode = "I;16"  # which versions of Pillow before 11 call I
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        elif mode[0] in "IF":
+            values = np.asarray(image) / (65535 if mode.startswith("I;16") else 1)
+            low, high = values.min(), values.max()
+            if mode == "I" or not (low >= 0 and high <= 1):  # nan is refused too
+                raise DataError(
+                    f"{path}: holds numbers from {low:g} to {high:g}, and which one is white is not "
+                    "known; save it with 8 bits, or as floats from 0 to 1"
+                )
+            image = Image.fromarray((255 * values).round().astype(np.uint8))
+        return image.convert("RGB")
 
 
 def load_mask(path, num_classes, colors=None):
     """Return the mask file as a PIL image, mode L, of class indices.
 
     A palette PNG gives the indices that are stored in it (its colours are only for looking at), a
-    grayscale PNG its grey values. With `colors`, {(red, green, blue): class}, an RGB PNG gives the
-    classes of its colours, and an index stands for a colour by its place in `colors`.
+    grayscale PNG its grey values, and so does an RGB PNG that is all grey. With `colors`,
+    {(red, green, blue): class}, an RGB PNG gives the classes of its colours, and so does a palette
+    PNG where `colors` has all that it uses; else an index stands for a colour by its place there.
     Raises DataError for any other kind of file, for a value that is neither a class (0 to
     num_classes - 1) nor void (255), and for a colour that is not in `colors`.
     """
@@ -100,15 +145,36 @@ def load_mask(path, num_classes, colors=None):
         kind = f"{file.mode} {file.format}"
         if kind == "L PNG" and file.tile[0][3] != "L":
             kind = "2- or 4-bit grayscale PNG"  # Pillow stretches its values to 0 to 255
-        mask = file.copy()
-    if colors and kind in ("RGB PNG", "RGBA PNG"):
-        return Image.fromarray(_classes_of_colors(path, np.asarray(mask.convert("RGB")), colors))
+        labels, is_rgb = np.array(file), kind in ("RGB PNG", "RGBA PNG")
+        if colors and (is_rgb or kind == "P PNG"):
+            # By way of RGBA, since Pillow warns of transparent palettes.
+            rgb = file.convert("RGBA").convert("RGB")
+            mask, unnamed = _classes_of_colors(rgb, colors)
+            if is_rgb and unnamed:
+                raise DataError(f"{path}: has {unnamed}; name them, or mend the mask")
+            if not unnamed:
+                if not is_rgb:  # tools that shrink PNG files put a palette in another order
+                    _say(
+                        f"{path.parent}: palettes are read by their colours, which labelmap.txt has"
+                    )
+                return mask
+    if is_rgb and (labels[..., :3] == labels[..., :1]).all() and (labels[..., 3:] == 255).all():
+        labels, kind = labels[..., 0], "L PNG"  # grey three times over, as OpenCV writes it
+    if kind == "1 PNG" and not colors:
+        labels, kind = labels.astype(np.uint8), "L PNG"
     if kind not in ("P PNG", "L PNG"):
         raise DataError(
             f"{path}: is a mask of kind {kind}; save masks as palette or 8-bit grayscale PNG "
             "whose values are class indices, or name the colours of RGB masks in labelmap.txt"
         )
-    labels = np.asarray(mask)
+    _check_labels(path, labels, num_classes)
+    if colors:
+        labels = np.append(list(colors.values()), [VOID] * 256).astype(np.uint8)[labels]
+    return Image.fromarray(labels)
+
+
+def _check_labels(path, labels, num_classes):
+    """Raise DataError where a mask, uint8 (H, W), has a value that is neither a class nor void."""
     found = np.bincount(labels.ravel(), minlength=256)
     wrong = [int(value) for value in np.flatnonzero(found) if num_classes <= value != VOID]
     if wrong:
@@ -118,27 +184,22 @@ def load_mask(path, num_classes, colors=None):
             f"{y}), but the {num_classes} classes are 0 to {num_classes - 1} and void is {VOID}; "
             "mend the mask or list the classes in classes.txt"
         )
-    if colors:
-        table = np.full(256, VOID, np.uint8)
-        table[: len(colors)] = list(colors.values())
-        labels = table[labels]
-    return Image.fromarray(labels)
 
 
-def _classes_of_colors(path, pixels, colors):
-    """Return the classes, uint8 (H, W), of an RGB mask's pixels, uint8 (H, W, 3)."""
-    packed = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
-    found, index, counts = np.unique(packed, return_inverse=True, return_counts=True)
-    rgb = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in found]
+def _classes_of_colors(image, colors):
+    """Return (an RGB mask's classes as a PIL image, words on colours that have none, else None)."""
     colors = {VOID_COLOR: VOID} | colors
-    unknown = {c: int(n) for c, n in zip(rgb, counts) if c not in colors}
-    if unknown:
-        some = [f"{n:,} of {c}" for c, n in sorted(unknown.items(), key=lambda item: -item[1])[:3]]
-        raise DataError(
-            f"{path}: has {sum(unknown.values()):,} pixels in {len(unknown)} colours that "
-            f"labelmap.txt does not name ({', '.join(some)}); name them, or mend the mask"
-        )
-    return np.array([colors[c] for c in rgb], np.uint8)[index.reshape(packed.shape)]
+    counts = {color: count for count, color in image.getcolors(image.width * image.height)}
+    unnamed = sorted(counts.keys() - colors, key=counts.get, reverse=True)
+    if unnamed:
+        some = ", ".join(f"{counts[color]:,} of {color}" for color in unnamed[:3])
+        count = f"{sum(map(counts.get, unnamed)):,} pixels in {len(unnamed)} colours"
+        return None, f"{count} that labelmap.txt does not name ({some})"
+    pixels = np.asarray(image)
+    labels = np.zeros(pixels.shape[:2], np.uint8)
+    for color in counts:
+        labels[(pixels == color).all(2)] = colors[color]
+    return Image.fromarray(labels), None
 
 
 def to_tensor(image, size):
@@ -150,6 +211,9 @@ def to_tensor(image, size):
     resampling = Image.Resampling.BILINEAR if is_image else Image.Resampling.NEAREST
     array = np.array(image.resize((size, size), resampling))
     return torch.from_numpy(array.transpose(2, 0, 1) if is_image else array)
+
+
+# --------------------------------------------------------------------------------- what a folder has
 
 
 def _read_lines(path):
@@ -165,169 +229,293 @@ def read_classes(root):
     """Return (names, palette, colors) of a data folder's classes, background first.
 
     From `labelmap.txt` (lines `name:red,green,blue:...`, as CVAT writes it), else `classes.txt` or
-    labelme's `class_names.txt` (a name a line); a folder in VOC's layout without any has VOC's 21
-    classes. palette: a list of [red, green, blue]; colors: what `load_mask` takes, or None.
+    labelme's `class_names.txt` (a name a line), else Roboflow's `_classes.csv`; a folder in VOC's
+    layout without any has VOC's 21 classes. labelme's `__ignore__` is void and no class.
+    palette: a list of [red, green, blue]; colors: what `load_mask` takes, or None.
     Raises DataError.
     """
-    path = root / "labelmap.txt"
-    if path.exists():
-        colors = {}
-        for line in _read_lines(path):
-            if line.startswith("#"):
-                continue
-            try:
-                name, rgb = line.split(":")[:2]
-                red, green, blue = (int(value) for value in rgb.split(","))
-            except ValueError as error:
-                raise DataError(f"{path}: '{line}' is not name:red,green,blue") from error
-            if (red, green, blue) in colors or not {red, green, blue} <= set(range(256)):
-                raise DataError(f"{path}: the colour of '{line}' is taken, or not from 0 to 255")
-            colors[red, green, blue] = name
-        named = {name.lower(): rgb for rgb, name in colors.items()}
-        if "background" not in named:
-            raise DataError(f"{path}: names no class 'background'; add background:0,0,0::")
-        order = sorted(colors, key=lambda rgb: rgb != named["background"])  # it comes first
-        classes, palette = [colors[rgb] for rgb in order], [list(rgb) for rgb in order]
-        return classes, palette, {rgb: order.index(rgb) for rgb in colors}
-    paths = [path for path in (root / "classes.txt", root / "class_names.txt") if path.exists()]
-    if paths:
-        classes = _read_lines(paths[0])
-    elif (root / "JPEGImages").is_dir():
-        classes = list(VOC_CLASSES)
-    else:
-        raise DataError(
-            f"{root}: has no classes.txt; list the classes in it, one a line, background first"
-        )
-    if not 2 <= len(classes) <= VOID or len(set(classes)) < len(classes):
-        raise DataError(f"{paths[0]}: should list 2 to {VOID} different classes, one a line")
+    if (root / "labelmap.txt").exists():
+        return _read_labelmap(root / "labelmap.txt")
+    files = [root / name for name in ("classes.txt", "class_names.txt", ROBOFLOW)]
+    path = next((path for path in files if path.exists()), None)
+    if path is None:
+        if not (root / "JPEGImages").is_dir():
+            raise DataError(
+                f"{root}: has no classes.txt; list the classes in it, one a line, background first"
+            )
+        return list(VOC_CLASSES), color_map(len(VOC_CLASSES)), None
+    classes = [line for line in _read_lines(path) if line != "__ignore__"]
+    if path.name == ROBOFLOW:  # value, name
+        rows = dict(re.findall(r"^(\d+)\s*,\s*(.+)$", "\n".join(classes), re.MULTILINE))
+        classes = [rows.get(str(value), "") for value in range(len(rows))]
+    if not 2 <= len(set(classes)) == len(classes) <= VOID or "" in classes:
+        raise DataError(f"{path}: should list 2 to {VOID} different classes, one a line")
     return classes, color_map(len(classes)), None
 
 
-def split_names(root, split, labelled):
+def _read_labelmap(path):
+    """Return what `read_classes` returns, from CVAT's labelmap.txt."""
+    names = {}  # {(red, green, blue): name}
+    for line in _read_lines(path):
+        if line.startswith("#"):
+            continue
+        # name:red,green,blue:parts:actions; the name may have colons of its own.
+        match = re.fullmatch(r"(.+):(\d+),(\d+),(\d+)(:[^:]*){0,2}", line)
+        rgb = tuple(map(int, match.groups()[1:4])) if match else None
+        if not match or max(rgb) > 255 or rgb in names:
+            raise DataError(
+                f"{path}: '{line}' is not name:red,green,blue of 0 to 255, or its colour is taken"
+            )
+        names[rgb] = match[1]
+    order = sorted(names, key=lambda rgb: names[rgb].lower() != "background")  # it comes first
+    if not order or names[order[0]].lower() != "background":
+        raise DataError(f"{path}: names no class 'background'; add background:0,0,0::")
+    palette, colors = [list(rgb) for rgb in order], {rgb: order.index(rgb) for rgb in names}
+    return [names[rgb] for rgb in order], palette, colors
+
+
+def is_background(name):
+    """Return whether a class's name says that it is what is left when all else is labelled."""
+    return any(word in name.lower() for word in ("background", "void", "unlabel", "sky", "other"))
+
+
+def image_files(folder, suffixes=IMAGE_SUFFIXES, pattern="*"):
+    """Return the image files in a folder, sorted; hidden ones are left out, macOS's `._x` too."""
+    return [
+        path
+        for path in sorted(folder.glob(pattern))
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def _by_name(folder, suffixes):
+    """Return {name: [files]}; a file's name is its path in `folder`, without its ending."""
+    found = {}
+    for path in image_files(folder, suffixes, "**/*"):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        # macOS writes an accent as a character of its own, and lists may not.
+        found.setdefault(unicodedata.normalize("NFC", name), []).append(path)
+    return found
+
+
+def find_root(root):
+    """Return the folder of a data set, absolute: `root`, or the VOC in it. Raises DataError."""
+    root = Path(root).expanduser().resolve()
+    if not root.is_dir():
+        what = "is no folder" if root.exists() else "does not exist"
+        raise DataError(f"{root}: {what}; give --data the folder of your data")
+    folders = [root / folder / f"VOC{y}" for folder in ("VOCdevkit", "") for y in (2007, 2012)]
+    folders = [folder for folder in folders if folder.is_dir()]
+    if len(folders) > 1:
+        _say(f"{root}: {folders[0].name} is taken; for the other, --data {folders[1]}")
+    return folders[0] if folders else root
+
+
+def find_folders(root, split):
+    """Return the folders of a split's images and masks (one for both where Roboflow wrote it).
+
+    Raises DataError that says what was looked for and what was found.
+    """
+    for name in (split, "valid" if split == "val" else ".", "."):
+        if (root / name / ROBOFLOW).exists():
+            return root / name, root / name
+    for images, masks in LAYOUTS:
+        if (root / images).is_dir() and image_files(root / masks, {".png"}, "**/*"):
+            return root / images, root / masks
+    pairs = " nor ".join(f"{images}/ and {masks}/*.png" for images, masks in LAYOUTS)
+    found = {path.relative_to(root) for path in (*root.glob("*"), *root.glob("*/*"))}
+    found = sorted({str(path.with_stem("*") if path.suffix else path) for path in found})
+    raise DataError(
+        f"{root}: has neither {pairs} nor {split}/{ROBOFLOW} nor VOCdevkit/VOC2007, but "
+        f"{', '.join(found[:8]) or 'nothing'}; give --data another folder, rename those in it, or "
+        "save the masks as PNG"
+    )
+
+
+def find_pairs(image_folder, mask_folder):
+    """Return {name: ([images], [masks])} of all images, one of each where all is well; masks left over.
+
+    The mask of NAME.jpg is NAME.png, NAME_mask.png (Carvana, Roboflow) or NAME.jpg.png (Supervisely).
+    """
+    images, masks = _by_name(image_folder, IMAGE_SUFFIXES), _by_name(mask_folder, {".png"})
+    if image_folder == mask_folder:
+        images = {name: files for name, files in images.items() if not name.endswith("_mask")}
+        masks = {name: files for name, files in masks.items() if name.endswith("_mask")}
+    pairs = {}
+    for name, files in images.items():
+        names = [name, f"{name}_mask", *(name + file.suffix for file in files)]
+        pairs[name] = files, next((masks.pop(each) for each in names if each in masks), [])
+    return pairs, [mask for files in masks.values() for mask in files]
+
+
+def _read_names(path, image_folder, pairs):
+    """Return the names of the images that a list means, a line each.
+
+    A name may stand there with its ending, with its folder, and with its mask in another column.
+    """
+    names = []
+    for line in _read_lines(path):
+        found = []
+        for text in (line, line.split()[0]):
+            text = "/" + unicodedata.normalize("NFC", text.replace("\\", "/"))
+            path = PurePosixPath(text.rpartition(f"/{image_folder.name}/")[2].lstrip("/"))
+            has_ending = path.suffix.lower() in IMAGE_SUFFIXES
+            found.append(str(path.with_suffix("") if has_ending else path))
+        names.append(next((name for name in found if name in pairs), found[0]))
+    return names
+
+
+def split_names(root, split, image_folder, pairs):
     """Return the names of the images in a split: those that ImageSets/Segmentation/SPLIT.txt lists.
 
-    Where a folder has neither train.txt nor val.txt, every fifth of its images, in an order drawn
-    at random but always the same, is for `val`, the others for `train`: of those in default.txt,
-    or else of all that are `labelled`, a list of names. Raises DataError.
+    Where a folder has neither train.txt nor val.txt, about a fifth of its images is for `val`, the
+    others for `train`: of those in default.txt, or else of all that have a mask. The side that an
+    image falls on depends on its own name alone, so it stays where it is when others are added.
+    Raises DataError.
     """
+    roboflow = (image_folder / ROBOFLOW).exists()
+    if roboflow and image_folder != root:  # the split has a folder of its own
+        return list(pairs)
     folder = root / "ImageSets" / "Segmentation"
-    path = folder / f"{split}.txt"
-    if path.exists():
-        names = _read_lines(path)
+    lists = {path.stem: path for path in sorted(folder.glob("*.txt"))}
+    if split in lists:
+        names = _read_names(lists[split], image_folder, pairs)
         if not names:
-            raise DataError(f"{path}: lists no images")
+            raise DataError(f"{lists[split]}: lists no images")
         return names
-    if split not in ("train", "val") or any(
-        (folder / f"{s}.txt").exists() for s in ("train", "val")
-    ):
-        raise DataError(f"{path}: does not exist; it should list the split's images")
-    path = folder / "default.txt"
-    names = sorted(_read_lines(path) if path.exists() else labelled)
-    if len(names) < 2:
-        raise DataError(f"{root}: has {len(names)} labelled images; training needs 2 at least")
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
-    for_val = set(order[: max(1, len(names) // 5)])
-    chosen = [name for i, name in enumerate(names) if (i in for_val) == (split == "val")]
-    print(
-        f"{root} has no list of its splits: {split} is {len(chosen)} of its {len(names)} images, "
-        "drawn at random, the same ones every time",
-        file=sys.stderr,
+    if split not in ("train", "val") or "train" in lists or "val" in lists:
+        found = f"; beside it lie {', '.join(lists)}" if lists else ""
+        path = folder / f"{split}.txt"
+        raise DataError(f"{path}: does not exist; it should list the split's images{found}")
+    if "default" in lists:
+        names = _read_names(lists["default"], image_folder, pairs)
+    else:
+        names = [name for name in pairs if pairs[name][1] or roboflow]
+    hashes = {hashlib.sha256(name.encode()).hexdigest(): name for name in names}
+    order = sorted(hashes)
+    if len(order) < 2:
+        raise DataError(f"{root}: has {len(order)} labelled images; training needs 2 at least")
+    few = sum(digest < "33" for digest in order)  # a fifth of ff; neither side is left empty
+    few = min(max(few, 1), len(order) - 1)
+    chosen = sorted(hashes[digest] for digest in (order[:few] if split == "val" else order[few:]))
+    _say(
+        f"{root} has no list of its splits: {split} is {len(chosen)} of its {len(order)} images, "
+        "chosen by their names, the same ones every time"
     )
     return chosen
 
 
-class VOC(Dataset):
-    """A split of a folder of images and masks; decoded and resized once, then kept in memory.
+# ------------------------------------------------------------------------------------ the data sets
 
-    `root` holds `JPEGImages/` and `SegmentationClass/` (VOC's layout; labelme and CVAT write it
-    too), or `images/` and `masks/`, or else `VOCdevkit/VOC2007/` (or `VOC2012/`) with these in it.
-    An image and its mask have the same name but for the ending. See `read_classes` and
-    `split_names` for the classes and the splits.
+
+class VOC(Dataset):
+    """A split of a folder of images and masks; decoded and resized once, then kept as tensors.
+
+    `root` holds two folders of `LAYOUTS`, or Roboflow's export, or `VOCdevkit/VOC2007/` (or
+    `VOC2012/`) with these in it. See `find_pairs` for the names of the masks, `read_classes` and
+    `split_names` for the classes and the splits. `names`: just these images, whatever lists say.
 
     Gives `(image, mask)`, uint8 (3, S, S) and (S, S); a list of indices gives a stacked batch.
-    Mask values are class indices, or 255 for void. `workers` threads decode (default: all cores).
-    With `in_memory=False` the images are decoded each time they are asked for, and
-    `images` and `masks`, else the tensors of the whole split, are None.
+    Mask values are class indices, or 255 for void. `images` and `masks` are the tensors of the
+    whole split; with `load=False` they are None until `load()` is called.
     Raises DataError, naming the file, for whatever is missing or unreadable.
     """
 
-    def __init__(self, root, split="train", size=224, workers=None, in_memory=True):
-        self.root = Path(root)
-        for year in ("2007", "2012"):
-            if (self.root / "VOCdevkit" / f"VOC{year}").is_dir():
-                self.root = self.root / "VOCdevkit" / f"VOC{year}"
-        self.split, self.size = split, size
-        image_folder, mask_folder = self._find_folders()
-        self.classes, self.palette, self.colors = read_classes(self.root)
-        images = {
-            path.stem: path
-            for path in sorted(image_folder.iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        }
-        names = split_names(self.root, split, [path.stem for path in mask_folder.glob("*.png")])
-        self.image_paths = [images.get(name, image_folder / f"{name}.jpg") for name in names]
-        self.mask_paths = [mask_folder / f"{name}.png" for name in names]
-
+    def __init__(self, root, split="train", size=224, names=None, load=True):
+        self.root, self.split, self.size = find_root(root), split, size
+        self.image_folder, mask_folder = find_folders(self.root, split)
+        roboflow = self.image_folder == mask_folder
+        home = self.image_folder if roboflow else self.root
+        self.classes, self.palette, self.colors = read_classes(home)
+        self.pairs, rest = find_pairs(self.image_folder, mask_folder)
+        if names is None:
+            names = split_names(self.root, split, self.image_folder, self.pairs)
+        self.names = list(names)
+        known = [self.pairs.get(name, ([], [])) for name in self.names]
+        if rest and all(images for images, _ in known):  # else a missing image is an error
+            _say(f"{mask_folder}: {len(rest)} masks have no image, such as {rest[0].name}")
+        blank = [name for name, (images, masks) in zip(self.names, known) if images and not masks]
+        # CVAT and Roboflow write no mask for an image that shows nothing but background.
+        writes_none = (roboflow or self.colors) and is_background(self.classes[0])
+        if not writes_none or len(blank) == len(self):
+            blank = []
+        if blank:
+            some = f"{len(blank)} of {len(self)} images, such as {blank[0]},"
+            _say(f"{self.root}: split {split}: {some} have no mask: they are all background")
+        self.image_paths, self.mask_paths = [], []  # which need not exist; None for a blank mask
+        for name, (images, masks) in zip(self.names, known):
+            self.image_paths += images[:1] or [self.image_folder / f"{name}.jpg"]
+            expected = mask_folder / f"{name}{'_mask' * roboflow}.png"
+            self.mask_paths += masks[:1] or [None if name in blank else expected]
         self.images = self.masks = None
-        if in_memory:
-            self.load(workers)
+        if load:
+            self.load()
 
-    def load(self, workers=None):
-        """Decode the whole split into memory, with `workers` threads (default: all cores)."""
-        images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-        masks = torch.empty(len(self), self.size, self.size, dtype=torch.uint8)
+    def load(self):
+        """Decode the whole split into `images` and `masks`, with as many threads as cores.
+
+        Where this takes more than a quarter of the memory, they lie in a temporary file, which has
+        no name and is gone with the tensors. torchrun's processes share memory and cores.
+        """
+        n, size, processes = len(self), self.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needed, folder = n * 4 * size**2, tempfile.gettempdir()
+        if needed <= memory_size() / 4 / processes:
+            pixels = torch.empty(needed, dtype=torch.uint8)
+        else:
+            said = f"{self.root}: split {self.split} takes {needed / 2**30:.2f} GiB, too much for memory"
+            if shutil.disk_usage(folder).free < needed * processes:
+                raise DataError(f"{said} and for {folder}; give a smaller --size, or set TMPDIR")
+            _say(f"{said}: it is kept in a temporary file in {folder}")
+            with tempfile.TemporaryFile() as file:
+                pixels = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(needed,)))
+        images = pixels[: n * 3 * size**2].view(n, 3, size, size)
+        masks = pixels[n * 3 * size**2 :].view(n, size, size)
 
         def load_one(index):
-            images[index], masks[index] = self[index]
+            images[index], masks[index] = (to_tensor(picture, size) for picture in self.read(index))
 
         # Threads are enough: Pillow lets go of the interpreter while it decodes and resizes.
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            list(pool.map(load_one, range(len(self))))
+        with ThreadPoolExecutor(max(1, os.cpu_count() // processes)) as pool:
+            list(pool.map(load_one, range(n)))
         self.images, self.masks = images, masks
-
-    def _find_folders(self):
-        for images, *masks in (
-            ("JPEGImages", "SegmentationClass", "SegmentationClassPNG"),
-            ("images", "masks"),
-        ):
-            # labelme's SegmentationClass may hold .npy files, beside a folder with the PNGs.
-            for folder in (self.root / name for name in masks):
-                if (self.root / images).is_dir() and next(folder.glob("*.png"), None):
-                    return self.root / images, folder
-        raise DataError(
-            f"{self.root}: has neither JPEGImages/ and SegmentationClass/*.png nor images/ and "
-            "masks/*.png; give --data a folder that has, or one that holds VOCdevkit/VOC2007"
-        )
 
     def read(self, index):
         """Return an image and its mask at their own resolution, PIL images of mode RGB and L."""
-        for path in (self.image_paths[index], self.mask_paths[index]):
-            if not path.exists():
-                raise DataError(f"{path}: does not exist, but is needed for split {self.split}")
-        image = load_image(self.image_paths[index])
-        mask = load_mask(self.mask_paths[index], len(self.classes), self.colors)
+        path, mask_path = self.image_paths[index], self.mask_paths[index]
+        for files in self.pairs.get(self.names[index], ()):
+            if len(files) > 1:
+                raise DataError(f"{files[0]}: {files[1].name} has its name too; keep one of them")
+        needed = f"does not exist, but is needed for split {self.split}"
+        if not path.exists():
+            some = f"has {len(self.pairs)} images, such as {', '.join(list(self.pairs)[:2])}"
+            raise DataError(f"{path}: {needed}; {self.image_folder} {some}")
+        if mask_path and not mask_path.exists():
+            others = f"{path.stem}_mask.png or {path.name}.png"
+            raise DataError(f"{mask_path}: {needed}; nor does {others}")
+        image, mask = load_image(path), self._load_mask(index)
         if image.size != mask.size:
             raise DataError(
-                f"{self.mask_paths[index]}: is {mask.width}x{mask.height}, but its image is "
-                f"{image.width}x{image.height}; export the mask again at the image's size"
+                f"{mask_path}: is {mask.width}x{mask.height}, but its image is {image.width}x"
+                f"{image.height}, turned as its EXIF data say; export the mask again at that size"
             )
         return image, mask
 
+    def _load_mask(self, index):
+        path = self.mask_paths[index]
+        if path is None:
+            return Image.new("L", load_image(self.image_paths[index]).size)
+        return load_mask(path, len(self.classes), self.colors)
+
     def full_mask(self, index):
         """Return the mask at its image's own resolution, uint8 (H, W)."""
-        mask = load_mask(self.mask_paths[index], len(self.classes), self.colors)
-        return torch.from_numpy(np.array(mask))
+        return torch.from_numpy(np.array(self._load_mask(index)))
 
     def __len__(self):
-        return len(self.image_paths)
+        return len(self.names)
 
     def __getitem__(self, index):
-        if self.images is not None:
-            return self.images[index], self.masks[index]
-        if isinstance(index, int):
-            return tuple(to_tensor(picture, self.size) for picture in self.read(index))
-        images, masks = zip(*(self[int(i)] for i in index))
-        return torch.stack(images), torch.stack(masks)
+        return self.images[index], self.masks[index]
 
 
 class Shapes(Dataset):
@@ -342,7 +530,8 @@ class Shapes(Dataset):
         splits = {"train": 600, "val": 100, "test": 100}
         if split not in splits:
             raise DataError(f"shapes has no split '{split}'; choose from {', '.join(splits)}")
-        self.split, self.size = split, size
+        self.root, self.split, self.size = None, split, size
+        self.names = [f"{split}_{i}" for i in range(splits[split])]
         self.classes = ["background", "circle", "square", "triangle", "star"]
         self.palette = color_map(len(self.classes))
         stream = list(splits).index(split)
@@ -391,30 +580,17 @@ def draw_shapes(rng, size):
     return image, mask.resize((size, size), Image.Resampling.NEAREST)
 
 
-def load_dataset(name, split, size, workers=None, in_memory="auto"):
+def load_dataset(name, split, size, names=None):
     """Return the data set that a script's --data names: `shapes`, `voc2007`, `voc2012` or a folder.
 
     The VOCs are `data/VOCdevkit/VOC2007` or `VOC2012`, downloaded there first where missing.
-    in_memory: `yes`, `no`, or `auto`: where the split takes less than a quarter of the memory.
+    names: the images of the split, where its lists are not to be asked; not for `shapes`.
     """
     if name == "shapes":
         return Shapes(split, size)
     if name in ("voc2007", "voc2012"):
         name = download_voc("data", name.removeprefix("voc"), split)
-    dataset = VOC(name, split, size, workers, in_memory=False)
-    needed, memory = len(dataset) * 4 * size**2, memory_size()
-    if in_memory == "yes" or in_memory == "auto" and needed < memory / 4:
-        dataset.load(workers)
-        return dataset
-    print(
-        f"{name}: {needed / 2**30:.1f} GiB for split {split}, of {memory / 2**30:.0f} GiB of memory: "
-        "its images are decoded each time they are needed",
-        file=sys.stderr,
-    )
-    for path in dataset.image_paths + dataset.mask_paths:
-        if not path.exists():  # else found out in the middle of an epoch
-            raise DataError(f"{path}: does not exist, but is needed for split {split}")
-    return dataset
+    return VOC(name, split, size, names)
 
 
 def memory_size():
@@ -429,55 +605,91 @@ def download_voc(root, year, split):
     """Make sure that `root`/VOCdevkit/VOC`year` holds the split; return that folder.
 
     Only the archive that has the split is fetched (train, val and trainval share one, 2007's test
-    has its own), only where the split's files are missing, and its md5 is checked.
+    has its own), only where the split's list is missing, and its md5 is checked.
+    Of several processes, let one come first: the others then find the files there.
     Raises DataError with the address, the md5 and the place to put the file by hand.
     """
     folder = Path(root, "VOCdevkit", f"VOC{year}")
-    split_file = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
-    # Is there while an archive is unpacked: files may be cut short, so it is unpacked again.
-    archive = "test" if split == "test" else "trainval"
-    unfinished = Path(root, f"unfinished-{year}-{archive}")
-    if (
-        not unfinished.exists()
-        and split_file.exists()
-        and all(
-            (folder / "JPEGImages" / f"{name}.jpg").exists()
-            and (folder / "SegmentationClass" / f"{name}.png").exists()
-            for name in _read_lines(split_file)
-        )
-    ):
+    if (folder / "ImageSets" / "Segmentation" / f"{split}.txt").exists():
         return folder
     splits = ["train", "val", "trainval"] + ["test"] * (year == "2007")
     if split not in splits:
         raise DataError(f"VOC {year} has no split '{split}'; it has {', '.join(splits)}")
 
-    from torchvision.datasets import voc  # here, because it takes seconds to import
+    from torchvision.datasets import utils, voc  # here, because they take seconds to import
 
     source = voc.DATASET_YEAR_DICT["2007-test" if split == "test" else year]
+    path = Path(root, source["filename"])
     print(f"downloading {source['url']} to {root}/", file=sys.stderr)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
     timeout = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(TIMEOUT)  # else torchvision waits for a silent host for ever
-        # Refuse paths that lead out of the folder, as newer versions of torchvision do themselves.
-        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-        voc.VOCSegmentation(root, year=year, image_set=split, download=True)
+        utils.download_url(source["url"], root, path.name, source["md5"])
+        unpack(path)
     except (OSError, RuntimeError, HTTPException, tarfile.TarError) as error:
         raise DataError(
             f"{source['url']}: cannot be downloaded ({error}); fetch it by other means, save it "
-            f"as {Path(root, source['filename'])} (md5 {source['md5']}) and run this again"
+            f"as {path} (md5 {source['md5']}) and run this again"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-    unfinished.unlink()
     return folder
+
+
+def unpack(archive):
+    """Unpack a tar archive where it lies; raises tarfile.TarError if a path leads out of there.
+
+    The lists of the splits come last: where they are, an earlier unpacking came to its end.
+    """
+    with tarfile.open(archive) as tar:
+        members = sorted(tar, key=lambda member: "ImageSets" in member.name)
+        for member in members:
+            member.name = member.name.lstrip("/")
+            if ".." in PurePosixPath(member.name).parts or not (member.isfile() or member.isdir()):
+                raise tarfile.TarError(f"'{member.name}' in it is no file inside {archive.parent}")
+        # Python's own check on top, which Debian 12's 3.11.2 does not have.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(archive.parent, members)
+
+
+# ---------------------------------------------------------------------------- a batch of a step
+
+
+def epoch_order(dataset, batch_size, seed, epoch):
+    """Return the indices of an epoch's batches, int64 (batches, batch_size), in random order.
+
+    The n-th permutation of a seeded generator: alike in all processes, and with no state to keep.
+    Whole batches alone, since batch norm learns nothing from a single left-over image; the order
+    differs from epoch to epoch, so no image is left out for good. epoch: from 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epoch):
+        order = torch.randperm(len(dataset), generator=generator)
+    order = order[: len(order) // batch_size * batch_size].view(-1, batch_size)
+    return order.to(dataset.images.device)
+
+
+def fetch(dataset, indices, device):
+    """Return the images and masks at some indices as tensors on a device."""
+    images, masks = dataset[indices]
+    cuda = device.type == "cuda"
+    if cuda and not images.is_cuda:
+        images, masks = images.pin_memory(), masks.pin_memory()
+    # On CUDA alone such a copy is sure to be done before the tensor is used.
+    return [tensor.to(device, non_blocking=cuda) for tensor in (images, masks)]
+
+
+def _channels(values, device):
+    """Return three numbers as a float32 tensor (3, 1, 1).
+
+    They are filled in on the device: a copy from the host would make it wait at every step.
+    """
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 def normalize(images):
     """Return uint8 images (N, 3, H, W), 0 to 255, as float32 with ImageNet's mean 0 and deviation 1."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    mean, std = _channels(MEAN, images.device), _channels(STD, images.device)
     normalized = (images / 255 - mean) / std
     # In the layout of the weights (utils.to_device), or else part of the network's maps go without.
     apple = images.device.type == "mps"
@@ -499,7 +711,26 @@ def augment(images, masks, mode="affine", size=None):
     comes from outside the picture is void in the mask and about the mean colour in the image.
     """
     n, height, width = masks.shape
-    device = images.device
+    matrices = random_matrices(n, mode, width / height, images.device)
+    shape = (n, 3, size or height, size or width)
+    grid = F.affine_grid(matrices, shape, align_corners=False)
+    # grid_sample fills with 0 outside, so 0 is made to stand for the mean colour, and for void.
+    mean = 255 * _channels(MEAN, images.device)
+    centered, below_void = images - mean, masks[:, None] - float(VOID)
+    images = F.grid_sample(centered, grid, mode="bilinear", align_corners=False) + mean
+    masks = F.grid_sample(below_void, grid, mode="nearest", align_corners=False) + VOID
+    if mode == "affine":
+        images = jitter_colors(images)
+    return images.round().clamp(0, 255).byte(), masks[:, 0].round().byte()
+
+
+def random_matrices(n, mode, aspect, device):
+    """Return n random transforms of `augment`'s mode, float32 (n, 2, 3).
+
+    Each takes a point of the output to the input point that it shows: mirror, then shear, rotate,
+    stretch and zoom, then shift, in coordinates from -1 to 1 across a picture whose width is
+    `aspect` times its height. Raises ValueError for an unknown mode.
+    """
 
     def uniform(low, high):
         return torch.rand(n, device=device) * (high - low) + low
@@ -520,27 +751,11 @@ def augment(images, masks, mode="affine", size=None):
         shift_x, shift_y = uniform(-1, 1) * reach, uniform(-1, 1) * reach
     elif mode != "flip":
         raise ValueError(f"no augmentation is called '{mode}'; choose from flip, affine")
-
-    # For each sample the matrix that takes a point of the output to the input point it shows:
-    # mirror, then shear, rotate, stretch and zoom, then shift, in coordinates from -1 to 1.
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
-    mirror_x, aspect = mirror_x * stretch, width / height
-    matrix = torch.stack(
-        [
-            torch.stack([mirror_x * cos, mirror_y * (shear * cos - sin) / aspect, shift_x], 1),
-            torch.stack([mirror_x * sin * aspect, mirror_y * (shear * sin + cos), shift_y], 1),
-        ],
-        dim=1,
-    )
-    shape = (n, 3, size or height, size or width)
-    grid = F.affine_grid(matrix, shape, align_corners=False)
-    # grid_sample fills with 0 outside, so 0 is made to stand for the mean colour, and for void.
-    mean = 255 * torch.tensor(MEAN, device=device).view(3, 1, 1)
-    images = F.grid_sample(images - mean, grid, mode="bilinear", align_corners=False) + mean
-    masks = F.grid_sample(masks[:, None] - 255.0, grid, mode="nearest", align_corners=False) + 255
-    if mode == "affine":
-        images = jitter_colors(images)
-    return images.round().clamp(0, 255).byte(), masks[:, 0].round().byte()
+    mirror_x = mirror_x * stretch
+    first = [mirror_x * cos, mirror_y * (shear * cos - sin) / aspect, shift_x]
+    second = [mirror_x * sin * aspect, mirror_y * (shear * sin + cos), shift_y]
+    return torch.stack([torch.stack(first, 1), torch.stack(second, 1)], dim=1)
 
 
 def jitter_colors(images, strength=0.3):
@@ -559,13 +774,21 @@ def jitter_colors(images, strength=0.3):
 
 def class_counts(dataset):
     """Return how many pixels of each class each mask of a data set has, int64 (N, C), without void."""
+    counts = [mask.flatten().bincount(minlength=256) for mask in dataset.masks.cpu()]
+    return torch.stack(counts)[:, : len(dataset.classes)]
 
-    def count(index):
-        mask = dataset[index][1]
-        return torch.bincount(mask.flatten(), minlength=256)[: len(dataset.classes)]
 
-    with ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(count, range(len(dataset)))))
+def require_labels(dataset):
+    """Raise DataError where the masks of a data set have nothing that a network could learn."""
+    where = f"{dataset.root}: split {dataset.split}"
+    counts = class_counts(dataset).sum(0)
+    if not counts.any():
+        raise DataError(f"{where} has no pixel with a label: its masks are all void ({VOID})")
+    if not counts[1:].any() and (dataset.split == "train" or (dataset.masks == VOID).any()):
+        raise DataError(
+            f"{where}: the masks have nothing but {dataset.classes[0]} (0) and void ({VOID}) "
+            f"at {dataset.size}x{dataset.size}; if {VOID} marks an object in them, save it as 1"
+        )
 
 
 def class_weights(dataset, scheme):
@@ -597,3 +820,108 @@ def class_weights(dataset, scheme):
     if scheme != "enet":
         weights[pixels == 0] = 1
     return weights.float()
+
+
+# ------------------------------------------------------------------------------------ the look-over
+
+
+def look_over(dataset):
+    """Read a whole data set and print what it has; return (errors, remarks), lists of lines.
+
+    Fills `dataset.masks`, uint8 (N, S, S). Remarks are for a data set without errors.
+    """
+    n, size, classes = len(dataset), dataset.size, dataset.classes
+    dataset.masks = torch.full((n, size, size), VOID, dtype=torch.uint8)
+    counts, errors, turned = torch.zeros(n, 256, dtype=torch.int64), [], 0
+    for index in range(n):
+        try:
+            image, mask = dataset.read(index)
+        except DataError as error:
+            errors.append(str(error))
+            continue
+        counts[index] = torch.tensor(mask.histogram())  # at full size
+        dataset.masks[index] = to_tensor(mask, size)
+        with Image.open(dataset.image_paths[index]) as file:
+            turned += file.getexif().get(0x0112, 1) > 1 and file.size == image.size
+    print(f"{dataset.root}: split {dataset.split}, {n} images")
+    if errors:
+        return errors, []
+    require_labels(dataset)
+    share, void = counts[:, 0].sum() / counts[:, :VOID].sum(), counts[:, VOID].sum() / counts.sum()
+    print(f"class 0 is {classes[0]}: {share:.1%} of what has a label; void: {void:.1%} of all")
+    remarks = []
+    for c, (name, small) in enumerate(zip(classes, class_counts(dataset).T)):
+        shown = counts[:, c] > 0
+        lost = shown & (small == 0)
+        if not shown.any():
+            remarks.append(f"no pixel of class {name}")
+        if lost.any():
+            where = f"at {size}x{size} {name} vanishes from {lost.sum()} of {shown.sum()} images"
+            remarks.append(f"{where}; a larger --size keeps more")
+    if not is_background(classes[0]):
+        remarks.append(f"class 0 is {classes[0]}; if 0 is background, list it as the first class")
+    if turned:
+        where = f"EXIF data turn or mirror {turned} images, whose size tells nothing"
+        remarks.append(f"{where}: were their masks drawn in a program that heeds EXIF data, too?")
+    return errors, remarks
+
+
+def print_table(sets):
+    """Print each class's images and share of pixels in each set, and its weights by the first."""
+    schemes = ("inverse", "median", "enet")
+    columns = [f"{dataset.split + ' images':>16}{'% pixels':>10}" for dataset in sets]
+    print(f"\n{'class':<16}", *columns, *(f"{scheme:>10}" for scheme in schemes), sep="")
+    counts = [class_counts(dataset) for dataset in sets]
+    weights = torch.stack([class_weights(sets[0], scheme) for scheme in schemes], dim=1)
+    for c, name in enumerate(sets[0].classes):
+        cells = [
+            f"{(pixels[:, c] > 0).sum():>16}{100 * pixels[:, c].sum() / pixels.sum():>10.3f}"
+            for pixels in counts
+        ]
+        print(f"{name:<16}", *cells, *(f"{weight:>10.3f}" for weight in weights[c]), sep="")
+
+
+def main(argv=None):
+    """Look a folder over; return 1 where training would refuse it, else 0."""
+    import utils  # here, so that this file can be copied out alone
+
+    parser = utils.make_parser(__doc__)
+    add, size = parser.add_argument, utils.number(int, 32, 4096)
+    add("--data", default="voc2007", help="as for train.py; default: %(default)s")
+    how = "default: train and val"
+    add("--splits", nargs="+", default=["train", "val"], metavar="NAME", help=how)
+    add("--size", type=size, default=224, help="pixels are counted at this size; default: 224")
+    args = parser.parse_args(argv)
+    sets, errors, remarks = [], [], []
+    for split in args.splits:
+        try:
+            root = args.data
+            if root in ("voc2007", "voc2012"):
+                root = download_voc("data", root.removeprefix("voc"), split)
+            sets.append(VOC(root, split, args.size, load=False))
+            found = look_over(sets[-1])
+        except DataError as error:
+            found = [str(error)], []
+        errors += [f"{split}: {line}" for line in found[0]]
+        remarks += [f"{split}: {line}" for line in found[1]]
+    used = [path for dataset in sets for path in dataset.image_paths]
+    twice = len(used) - len(set(used))
+    if twice:
+        remarks.append(f"{twice} images are in more than one split: their scores will flatter")
+    unused = {files[0] for dataset in sets for files, _ in dataset.pairs.values()} - set(used)
+    if unused:
+        remarks.append(f"{len(unused)} images are in none of these splits, such as {min(unused)}")
+    if not errors:
+        print_table(sets)
+    for kind, lines in (("worth knowing", remarks), ("to mend before training", errors)):
+        if lines:
+            print(f"\n{kind} ({len(lines)}):\n  " + "\n  ".join(lines))
+    if not errors:
+        print("\nnothing that training would refuse")
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    import utils
+
+    utils.cli(main, DataError)

@@ -1,12 +1,16 @@
 """Score checkpoints on a split of their data set.
 
-    python evaluate.py                                            the newest run, on val
-    python evaluate.py runs/darrennet/best.pt --split test        another checkpoint or split
-    python evaluate.py runs/darrennet/best.pt --void-as-background     as the paper scores
-    python evaluate.py runs/*/best.pt                             compare several: table and figure
+    python evaluate.py                                    the newest run, on its validation split
+    python evaluate.py runs/darrennet --split test        another run or checkpoint, another split
+    python evaluate.py runs/darrennet --void-as-background           as the paper scores
+    python evaluate.py runs/* --images 2007_000033 2007_000061       compare: table, images, curves
 
 By default each prediction is brought to its image's own resolution and void is left out, which is
 the rule of the VOC challenge. One confusion matrix is summed over the whole split.
+
+A checkpoint's scores and figures go to scores/SPLIT beside it (scores/SPLIT-paper, -tta with these
+flags), several checkpoints' to comparison/. Where that holds other scores, its name is numbered:
+only the same evaluation overwrites its own files.
 """
 
 import json
@@ -14,35 +18,76 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import data
 import models
-import plots
 import utils
+
+# Settings that say where and how fast a run was made, not what it learned from.
+NOT_COMPARED = {"model", "size", "data", "out", "resume", "device", "amp", "compile", "workers"}
 
 
 def parse_args(argv=None):
     """Return the settings."""
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
-    how = "one to score, or several to compare; default: the newest run's best.pt"
+    how = "or a run's folder; several are compared; default: the newest run's best.pt"
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help=how)
     add("--data", help="as for train.py; default: what it was trained on")
-    add("--split", default="val", help="default: %(default)s")
+    add("--split", help="default: the one that the run was validated on, and the same images")
+    add("--size", type=utils.number(int, 32, 4096), help="of its input; default: as in training")
     add("--tta", action="store_true", help="average with the mirrored image's prediction")
-    add(
-        "--void-as-background",
-        action="store_true",
-        help="the paper's protocol: at the training size, void counted as class 0",
-    )
+    how = "the paper's protocol: at the training size, void counted as class 0"
+    add("--void-as-background", action="store_true", help=how)
+    how = "images of the split to draw; default: the best, median and worst, or six to compare by"
+    add("--images", nargs="+", metavar="NAME", help=how)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: %(default)s")
-    add(
-        "--workers", type=utils.number(int, 1, 256), help="threads that decode images; default: all"
-    )
-    how = "for metrics.json and figures; default: beside the checkpoint, or comparison/ for several"
-    add("--out", type=Path, metavar="DIR", help=how)
+    add("--out", type=Path, metavar="DIR", help="for metrics.json and figures; default: see above")
     return parser.parse_args(argv)
+
+
+def describe(path, checkpoint, args):
+    """Return what an evaluation is, {checkpoint, data, split, size, protocol}: all but its scores."""
+    size = args.size or checkpoint["size"]
+    protocol = "own resolution, void ignored"
+    if args.void_as_background:
+        protocol = f"{size}x{size}, void as background"
+    if args.tta:
+        protocol += ", mirrored images averaged"
+    source = args.data or checkpoint.get("data", "voc2007")
+    return {
+        "checkpoint": str(path.resolve()),
+        "data": str(Path(source).resolve()) if Path(source).is_dir() else source,
+        "split": args.split or checkpoint.get("args", {}).get("val_split", "val"),
+        "size": size,
+        "protocol": protocol,
+    }
+
+
+def load_split(path, checkpoint, about, args):
+    """Return the data set to score on. Raises UserError where it is gone, or of other classes."""
+    source, names = about["data"], None
+    own_data = not args.data
+    if own_data and source not in ("shapes", "voc2007", "voc2012") and not Path(source).is_dir():
+        raise utils.UserError(f"{path}: was trained on {source}, which is not there; give --data")
+    if own_data and about["split"] == checkpoint.get("args", {}).get("val_split"):
+        names = checkpoint.get("images", {}).get("val")  # the folder's lists may have changed
+    dataset = data.load_dataset(source, about["split"], about["size"], names)
+    own, found = checkpoint["classes"], list(dataset.classes)
+    if own != found:
+        raise utils.UserError(
+            f"{path}: was trained on {len(own)} classes ({', '.join(own[:3])}, ...), but the data "
+            f"has {len(found)} ({', '.join(found[:3])}, ...); give the --data it was trained on"
+        )
+    for name in args.images or ():
+        if name not in dataset.names:
+            raise utils.UserError(
+                f"--images: split {about['split']} has no image '{name}'; it has "
+                f"{', '.join(dataset.names[:4])}, ..."
+            )
+    return dataset
 
 
 def score(model, dataset, device, tta=False, void_as_background=False):
@@ -57,40 +102,123 @@ def score(model, dataset, device, tta=False, void_as_background=False):
             mask = mask.masked_fill(mask == data.VOID, 0)
         else:
             mask = dataset.full_mask(index)
-        images = data.normalize(image[None].to(device))
-        predicted = utils.segment(model, images, mask.shape, tta)[0].cpu()
-        matrices.append(utils.confusion_matrix(predicted, mask, len(dataset.classes)))
+        labels = label(model, image[None], device, mask.shape, tta)[0]
+        matrices.append(utils.confusion_matrix(labels, mask, len(dataset.classes)))
     return torch.stack(matrices)
 
 
-def predict(model, images, device, size):
-    """Return the labels (N, *size) that a model gives uint8 images (N, 3, H, W)."""
-    return utils.segment(model, data.normalize(images.to(device)), size).cpu()
+def label(model, images, device, size, tta=False):
+    """Return the labels (N, *size), on the CPU, that a model gives uint8 images (N, 3, H, W)."""
+    return utils.segment(model, data.normalize(images.to(device)), size, tta)[0].cpu()
 
 
-def draw(out, model, dataset, matrices, metrics, title, device):
+def score_checkpoint(path, out, args, device):
+    """Return (metrics, confusion matrix of each image, model, data set) of one checkpoint."""
+    checkpoint = utils.load_checkpoint(path)
+    about = describe(path, checkpoint, args)
+    dataset = load_split(path, checkpoint, about, args)
+    model = utils.to_device(models.from_checkpoint(checkpoint), device)
+    utils.make_folder(out)  # fails before the work where it cannot be written to
+    started = time.perf_counter()
+    matrices = score(model, dataset, device, args.tta, args.void_as_background)
+    seconds = time.perf_counter() - started
+    cm = matrices.sum(0)
+    if cm.sum() == 0:
+        raise utils.UserError(
+            f"{about['data']}: split {about['split']} is void throughout: nothing can be scored"
+        )
+    values = [None if math.isnan(value) else value for value in utils.iou(cm).tolist()]
+    trained_on = set(checkpoint.get("images", {}).get("train", ())) & set(dataset.names)
+    if trained_on:
+        print(
+            f"{path}: was trained on {len(trained_on)} of these {len(dataset)} images, going by their "
+            "names: its scores say little about images that it has not seen"
+        )
+    metrics = {
+        "mean_iou": utils.mean_iou(cm),
+        "pixel_accuracy": utils.pixel_accuracy(cm),
+        "frequency_weighted_iou": utils.frequency_weighted_iou(cm),
+        "iou": dict(zip(dataset.classes, values)),
+        **about,
+        "images": len(dataset),
+        "images_trained_on": len(trained_on),
+        "model": checkpoint["model"],
+        "epoch": checkpoint["epoch"],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "settings": checkpoint.get("args", {}),
+        "images_per_second": len(dataset) / max(seconds, 1e-9),
+    }
+    return metrics, matrices, model, dataset
+
+
+def other_scores(folder, evaluations):
+    """Return words on the scores that a folder holds where they are not those of `evaluations`.
+
+    evaluations: what `describe` says of each checkpoint. Returns None where there are none.
+    """
+    file = folder / "metrics.json"
+    if not file.exists():
+        return None
+    try:
+        scores = json.loads(file.read_text(encoding="utf-8"))
+        scores = [scores] if "iou" in scores else list(scores.values())
+        held = [{key: score.get(key) for key in evaluations[0]} for score in scores]
+    except (ValueError, TypeError, AttributeError):  # is no file of this script
+        held = None
+    return None if held == evaluations else f"{file}: holds the scores of another evaluation"
+
+
+def draw(out, metrics, matrices, model, dataset, args, device):
     """Draw confusion_matrix.png, class_iou.png and examples.png into the folder `out`."""
-    title = f"{title}, split {metrics['split']}; {metrics['protocol']}"
-    cm, classes = matrices.sum(0), dataset.classes
-    plots.confusion_matrix(out / "confusion_matrix.png", cm, classes, title)
-    plots.class_iou(out / "class_iou.png", metrics["iou"], f"IoU by class: {title}")
+    size = metrics["size"]
+    title = f"{metrics['model']}, {size}x{size}, split {metrics['split']}; {metrics['protocol']}"
+    draw_confusion_matrix(out / "confusion_matrix.png", matrices.sum(0), dataset.classes, title)
+    draw_class_iou(out / "class_iou.png", metrics["iou"], f"IoU by class: {title}")
 
     scores = torch.tensor([utils.mean_iou(matrix) for matrix in matrices])
-    order = scores.nan_to_num(-1).argsort(descending=True)
-    order = order[~scores[order].isnan()]  # an image that is all void has no score
+    order = scores.argsort(descending=True).tolist()
+    order = [i for i in order if not scores[i].isnan()]  # an image that is all void has no score
     middle = len(order) // 2
-    ranks = [0, 1, middle, middle + 1, len(order) - 2, len(order) - 1]
-    chosen = sorted({rank for rank in ranks if 0 <= rank < len(order)})
-    indices = order[chosen]
-    images, masks = dataset[indices]
-    rows = {"truth": masks, "prediction": predict(model, images, device, masks.shape[-2:])}
-    captions = [
-        f"{'best' if rank < 2 else 'worst' if rank >= len(order) - 2 else 'median'}: {score:.3f}"
-        for rank, score in zip(chosen, scores[indices].tolist())
-    ]
-    title = f"Images by their own mIoU: {title}"
+    shown = sorted({*order[:2], *order[middle : middle + 2], *order[-2:]}, key=order.index)
+    shown = [dataset.names.index(n) for n in args.images or ()] or shown
+    images, masks = dataset[shown]
+    rows = {"truth": masks, "prediction": label(model, images, device, masks.shape[-2:])}
+    captions = [f"{dataset.names[i][-16:]}: {scores[i]:.3f}" for i in shown]
+    which = "Images" if args.images else "Best, middle and worst images"
+    title = f"{which} by their own mIoU: {title}"
     path = out / "examples.png"
-    plots.samples(path, images, rows, classes, dataset.palette, title, captions)
+    utils.samples(path, images, rows, dataset.classes, dataset.palette, title, captions)
+
+
+def draw_confusion_matrix(path, cm, classes, title):
+    """Draw a confusion matrix (C, C) with each row as shares, in %, of the true class's pixels."""
+    shares = (100 * cm.double() / cm.sum(1, keepdim=True)).numpy()  # NaN, left blank, without any
+    side = 3 + 0.42 * len(classes)
+    figure = utils.new_figure(side, side)
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.5:
+            color = "white" if share > 55 else "black"
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, size=8)
+    axes.set_xticks(range(len(classes)), classes, rotation=90)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    figure.suptitle(f"{title}\n% of each true class's pixels (rows add up to 100)")
+    figure.savefig(path, dpi=100)
+
+
+def draw_class_iou(path, values, title):
+    """Draw each class's IoU as a bar, the best on top. values: {class name: IoU or None}."""
+    scored = {name: value for name, value in values.items() if value is not None}
+    scored = dict(sorted(scored.items(), key=lambda item: item[1]))
+    figure = utils.new_figure(8, 1.6 + 0.3 * len(scored))
+    axes = figure.subplots()
+    bars = axes.barh(list(scored), list(scored.values()), color="#0072b2")
+    axes.bar_label(bars, [f"{value:.3f}" for value in scored.values()], padding=3)
+    axes.set(xlim=(0, 1), xlabel="IoU")
+    figure.suptitle(f"{title}\nmean {sum(scored.values()) / len(scored):.3f}")
+    figure.savefig(path, dpi=100)
 
 
 def format_scores(metrics):
@@ -108,18 +236,26 @@ def format_scores(metrics):
 
 
 def format_comparison(results):
-    """Return a Markdown table with a row for each entry of {name: metrics}."""
+    """Return a Markdown table with a row for each entry of {name: metrics}.
+
+    The last column has the training settings, as flags, in which the runs differ.
+    """
+    every = [metrics["settings"] for metrics in results.values()]
+    keys = sorted(set().union(*every) - NOT_COMPARED)
+    keys = [key for key in keys if len({str(settings.get(key)) for settings in every}) > 1]
     lines = [
-        "| checkpoint | model | size | parameters | mIoU | accuracy | best | worst | images/s |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: |",
+        "| run | model | size | parameters | mIoU | accuracy | best | worst | images/s | flags |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | --- |",
     ]
-    for name, metrics in results.items():
+    for (name, metrics), settings in zip(results.items(), every):
         iou = {label: value for label, value in metrics["iou"].items() if value is not None}
         best, worst = (f"{c} {iou[c]:.3f}" for c in (max(iou, key=iou.get), min(iou, key=iou.get)))
+        given = [k for k in keys if str(settings.get(k)) not in ("None", "False")]
+        flags = [f"--{k.replace('_', '-')} {settings[k]}".removesuffix(" True") for k in given]
         lines.append(
             f"| {name} | {metrics['model']} | {metrics['size']} | {metrics['parameters']:,} "
             f"| {metrics['mean_iou']:.4f} | {metrics['pixel_accuracy']:.1%} | {best} | {worst} "
-            f"| {metrics['images_per_second']:.1f} |"
+            f"| {metrics['images_per_second']:.1f} | {' '.join(flags) or '-'} |"
         )
     return "\n".join(lines)
 
@@ -134,93 +270,59 @@ def short_names(paths):
     return [str(path) for path in paths]
 
 
-def score_checkpoint(path, args, device):
-    """Return (model, data set, confusion matrix of each image, metrics) of one checkpoint."""
-    checkpoint = utils.load_checkpoint(path)
-    size = checkpoint["size"]
-    dataset = data.load_dataset(
-        args.data or checkpoint.get("data", "voc2007"), args.split, size, args.workers
-    )
-    if list(dataset.classes) != checkpoint["classes"]:
-        raise utils.UserError(
-            f"{path}: was trained on {len(checkpoint['classes'])} classes "
-            f"({', '.join(checkpoint['classes'][:3])}, ...), but the data has "
-            f"{len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...); give the --data "
-            "it was trained on"
-        )
-    model = utils.to_device(models.from_checkpoint(checkpoint), device)
-    started = time.monotonic()
-    matrices = score(model, dataset, device, args.tta, args.void_as_background)
-    seconds = time.monotonic() - started
-    cm = matrices.sum(0)
-
-    protocol = "own resolution, void ignored"
-    if args.void_as_background:
-        protocol = f"{size}x{size}, void as background"
-    if args.tta:
-        protocol += ", mirrored images averaged"
-    values = [None if math.isnan(value) else value for value in utils.iou(cm).tolist()]
-    metrics = {
-        "mean_iou": utils.mean_iou(cm),
-        "pixel_accuracy": utils.pixel_accuracy(cm),
-        "frequency_weighted_iou": utils.frequency_weighted_iou(cm),
-        "iou": dict(zip(dataset.classes, values)),
-        "protocol": protocol,
-        "split": args.split,
-        "checkpoint": str(path),
-        "model": checkpoint["model"],
-        "epoch": checkpoint["epoch"],
-        "size": size,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "images_per_second": len(dataset) / seconds,
-    }
-    return model, dataset, matrices, metrics
-
-
 def compare(paths, out, args, device):
-    """Score several checkpoints; print their table, write metrics.json and comparison.png."""
-    results, rows = {}, {}
+    """Score several checkpoints; print their table, write metrics.json and the figures."""
+    results, rows, histories = {}, {}, {}
     for name, path in zip(short_names(paths), paths):
         print(f"{path} ...", flush=True)
-        model, dataset, _, results[name] = score_checkpoint(path, args, device)
+        results[name], _, model, dataset = score_checkpoint(path, out, args, device)
         if not rows:  # the first checkpoint's images and size are what the figure shows
-            first = dataset
-            few = torch.linspace(0, len(first) - 1, min(6, len(first))).long()
-            images, rows["truth"] = first[few]
-        if dataset.classes != first.classes or len(dataset) != len(first):
-            raise utils.UserError(f"{path}: is of another data set than {paths[0]}; score it alone")
-        label = f"{name}\nmIoU {results[name]['mean_iou']:.4f}"
-        rows[label] = predict(model, dataset[few][0], device, images.shape[-2:])
+            first, shown = dataset, torch.linspace(0, len(dataset) - 1, min(6, len(dataset)))
+            shown = [first.names.index(n) for n in args.images or ()] or shown.int().tolist()
+            images, rows["truth"] = first[shown]
+        if dataset.classes != first.classes or dataset.names != first.names:
+            raise utils.UserError(f"{path}: is scored on other images than {paths[0]}; say --split")
+        title = f"{name}\nmIoU {results[name]['mean_iou']:.4f}"
+        rows[title] = label(model, dataset[shown][0], device, images.shape[-2:])
+        if (path.parent / "log.csv").exists():
+            histories[name] = utils.read_log(path.parent)
     print("\n" + format_comparison(results))
     (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     protocols = {metrics["protocol"] for metrics in results.values()}  # differ where sizes do
-    title = f"split {args.split}; {' or '.join(sorted(protocols))}"
-    plots.samples(out / "comparison.png", images, rows, first.classes, first.palette, title)
-    print(f"\nwritten to {out}: metrics.json, comparison.png")
+    title = f"split {results[name]['split']}; {' or '.join(sorted(protocols))}"
+    captions = [first.names[i][-24:] for i in shown]
+    path = out / "comparison.png"
+    utils.samples(path, images, rows, first.classes, first.palette, title, captions)
+    if histories:
+        title = "Training runs, validation at the training size, void left out"
+        utils.curves(out / "curves.png", histories, title)
+    drawn = ", curves.png" * bool(histories)
+    print(f"\nwritten to {out}: metrics.json, comparison.png{drawn}")
 
 
 def main(argv=None):
     """Run the command line; see the top of the file."""
     args = parse_args(argv)
-    paths = args.checkpoints or [utils.newest_checkpoint()]
+    paths = utils.expand(args.checkpoints) or [utils.newest_checkpoint()]
+    paths = [path / "best.pt" if path.is_dir() else path for path in paths]
     device = utils.select_device(args.device)
-    out = args.out or (paths[0].parent if len(paths) == 1 else Path("comparison"))
-    for path in paths:
-        utils.load_checkpoint(
-            path
-        )  # a wrong name among several is found before the first is scored
-    utils.make_folder(out)
+    # All are read first, so that a wrong name among them is found before the first is scored.
+    evaluations = [describe(path, utils.load_checkpoint(path), args) for path in paths]
+    path, split = paths[0], evaluations[0]["split"]
+    name = split + "-paper" * args.void_as_background + "-tta" * args.tta
+    folder = path.parent / "scores" / name if len(paths) == 1 else Path("comparison")
+    out = utils.free_folder(args.out, folder, lambda f: other_scores(f, evaluations))
     if len(paths) > 1:
         return compare(paths, out, args, device)
-    model, dataset, matrices, metrics = score_checkpoint(paths[0], args, device)
-    print(f"{paths[0]}: {metrics['model']}, epoch {metrics['epoch']}")
-    print(f"{len(dataset)} images of split {args.split}; {metrics['protocol']}\n")
+    metrics, matrices, model, dataset = score_checkpoint(path, out, args, device)
+    print(f"{path}: {metrics['model']}, epoch {metrics['epoch']}")
+    print(f"{len(dataset)} images of split {metrics['split']} of {metrics['data']}")
+    print(f"{metrics['protocol']}\n")
     print(format_scores(metrics))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    title = f"{metrics['model']}, {metrics['size']}x{metrics['size']}"
-    draw(out, model, dataset, matrices, metrics, title, device)
+    draw(out, metrics, matrices, model, dataset, args, device)
     print(f"\nwritten to {out}: metrics.json, confusion_matrix.png, class_iou.png, examples.png")
 
 
 if __name__ == "__main__":
-    utils.run(main, data.DataError, models.ModelError)
+    utils.cli(main, data.DataError, models.ModelError)

@@ -17,7 +17,6 @@ import os
 import pickle
 import re
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -28,23 +27,53 @@ class ModelError(ValueError):
     """A name or a file that fits none of the networks here."""
 
 
-def conv_relu_bn(conv):
-    """One layer of the baseline: (transposed) convolution, ReLU, batch norm, in the paper's order."""
-    return nn.Sequential(conv, nn.ReLU(inplace=True), nn.BatchNorm2d(conv.out_channels))
+def down(n_in, n_out):
+    """A layer of the baseline's encoder, which halves the size: (N, n_in, H, W) to (N, n_out, H/2, W/2).
+
+    Convolution, ReLU, batch norm, in the paper's order.
+    """
+    conv = nn.Conv2d(n_in, n_out, kernel_size=3, stride=2, padding=1)
+    return nn.Sequential(conv, nn.ReLU(inplace=True), nn.BatchNorm2d(n_out))
+
+
+def up(n_in, n_out):
+    """A layer of the baseline's decoder, which doubles the size: (N, n_in, H, W) to (N, n_out, 2H, 2W)."""
+    conv = nn.ConvTranspose2d(n_in, n_out, kernel_size=3, stride=2, padding=1, output_padding=1)
+    return nn.Sequential(conv, nn.ReLU(inplace=True), nn.BatchNorm2d(n_out))
+
+
+def fcn_encoder():
+    """The baseline's five layers down: the image's 3 channels become 512 at 1/32 of its size."""
+    return nn.Sequential(
+        down(3, 32),
+        down(32, 64),
+        down(64, 128),
+        down(128, 256),
+        down(256, 512),
+    )
 
 
 def fcn_decoder(num_classes):
-    """Five doublings, 512 channels at 1/32 of the image to 32 at full size, then a 1x1 classifier."""
-    widths = pairwise((512, 512, 256, 128, 64, 32))
-    convs = (nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=1) for i, o in widths)
-    return nn.Sequential(*map(conv_relu_bn, convs), nn.Conv2d(32, num_classes, 1))
+    """The baseline's five layers up, back to the image's size, and its 1x1 classifier (Table 5 too)."""
+    return nn.Sequential(
+        up(512, 512),
+        up(512, 256),
+        up(256, 128),
+        up(128, 64),
+        up(64, 32),
+        nn.Conv2d(32, num_classes, kernel_size=1),
+    )
 
 
 class EncoderDecoder(nn.Module):
     """What all networks here are: an encoder, and a decoder that takes what the encoder gives.
 
     Maps float images (N, 3, H, W) to logits (N, num_classes, H, W), H and W from 32 up.
+    `pretrained_parts` names the parts that come with trained weights, which train.py must not
+    initialise; any nn.Module can have it.
     """
+
+    pretrained_parts = ()
 
     def __init__(self, encoder, decoder):
         super().__init__()
@@ -60,9 +89,7 @@ class FCN(EncoderDecoder):
     """The paper's baseline: five strided convolutions down, five transposed convolutions up."""
 
     def __init__(self, num_classes=21):
-        widths = pairwise((3, 32, 64, 128, 256, 512))
-        convs = (nn.Conv2d(n_in, n_out, 3, stride=2, padding=1) for n_in, n_out in widths)
-        super().__init__(nn.Sequential(*map(conv_relu_bn, convs)), fcn_decoder(num_classes))
+        super().__init__(fcn_encoder(), fcn_decoder(num_classes))
 
 
 class Downsampler(nn.Module):
@@ -188,8 +215,15 @@ class UNetEncoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        widths = (3, 64, 128, 256, 512, 1024)
-        self.convs = nn.ModuleList(double_conv(n_in, n_out) for n_in, n_out in pairwise(widths))
+        self.convs = nn.ModuleList(
+            [
+                double_conv(3, 64),
+                double_conv(64, 128),
+                double_conv(128, 256),
+                double_conv(256, 512),
+                double_conv(512, 1024),
+            ]
+        )
         self.pool = nn.MaxPool2d(2, ceil_mode=True)
 
     def forward(self, images):
@@ -202,24 +236,45 @@ class UNetEncoder(nn.Module):
 class UNetDecoder(nn.Module):
     """Table 6 from deconv1: doubles the deepest map, joins it to the next, and so on up.
 
-    `widths` are the channels of the maps, the largest map first. The last layer gives logits at
-    the size of the largest map.
+    `widths` are the channels of the five maps, the largest map first. The last layer gives logits
+    at the size of the largest map.
     """
 
     def __init__(self, widths, num_classes):
         super().__init__()
-        steps = list(pairwise(reversed(widths)))
-        self.deconvs = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in steps)
+        w1, w2, w3, w4, w5 = widths
+        self.deconvs = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(w5, w4, 2, stride=2),
+                nn.ConvTranspose2d(w4, w3, 2, stride=2),
+                nn.ConvTranspose2d(w3, w2, 2, stride=2),
+                nn.ConvTranspose2d(w2, w1, 2, stride=2),
+            ]
+        )
         # The table gives conv17 64 channels in; with the skip, as in conv11 to conv15, it is 128.
-        self.convs = nn.ModuleList(double_conv(2 * o, o) for _, o in steps)
-        self.output = nn.Conv2d(widths[0], num_classes, 1)
+        self.convs = nn.ModuleList(
+            [
+                double_conv(2 * w4, w4),
+                double_conv(2 * w3, w3),
+                double_conv(2 * w2, w2),
+                double_conv(2 * w1, w1),
+            ]
+        )
+        self.output = nn.Conv2d(w1, num_classes, 1)
 
     def forward(self, maps):
-        x = maps[-1]
-        for deconv, conv, skip in zip(self.deconvs, self.convs, reversed(maps[:-1])):
-            x = F.relu(deconv(x))[..., : skip.shape[-2], : skip.shape[-1]]
-            x = conv(torch.cat([skip, x], dim=1))
+        map1, map2, map3, map4, x = maps
+        x = self.convs[0](self.join(map4, self.deconvs[0](x)))
+        x = self.convs[1](self.join(map3, self.deconvs[1](x)))
+        x = self.convs[2](self.join(map2, self.deconvs[2](x)))
+        x = self.convs[3](self.join(map1, self.deconvs[3](x)))
         return self.output(x)
+
+    @staticmethod
+    def join(skip, x):
+        """Put a map of the encoder and a doubled one side by side in the channels."""
+        height, width = skip.shape[-2:]
+        return torch.cat([skip, F.relu(x)[..., :height, :width]], dim=1)
 
 
 class UNet(EncoderDecoder):
@@ -270,6 +325,7 @@ class ResNet34FCN(EncoderDecoder):
 
     def __init__(self, num_classes=21, pretrained=False):
         super().__init__(ResNet34Encoder(pretrained), fcn_decoder(num_classes))
+        self.pretrained_parts = ("encoder",) if pretrained else ()
 
 
 class ResNet34DarrenNet(EncoderDecoder):
@@ -282,6 +338,7 @@ class ResNet34DarrenNet(EncoderDecoder):
     def __init__(self, num_classes=21, pretrained=False):
         decoder = (Upsampler(512, 256), Upsampler(256, 128), DarrenNetDecoder(num_classes))
         super().__init__(ResNet34Encoder(pretrained), nn.Sequential(*decoder))
+        self.pretrained_parts = ("encoder",) if pretrained else ()
 
 
 class ResNet34UNet(EncoderDecoder):
@@ -293,6 +350,7 @@ class ResNet34UNet(EncoderDecoder):
         super().__init__(
             ResNet34Encoder(pretrained, all_maps=True), nn.Sequential(decoder, doubling)
         )
+        self.pretrained_parts = ("encoder",) if pretrained else ()
 
 
 MODELS = {

@@ -2,29 +2,28 @@
 
     python predict.py img.jpg               the newest run's network, or else the one in weights/
     python predict.py photos/ --checkpoint runs/darrennet/best.pt --out segmented
-    python predict.py photos/ --grid photos.png                   all overlays in one picture
+    python predict.py img.jpg --size 448    small things are found better in larger images
 
 Each image gives NAME_mask.png (a palette PNG of class indices, at the image's own size) and
-NAME_overlay.png (the colours over the image, with a legend). The checkpoint says what model it is,
-its classes and their colours: no other flag is needed. Exits with 1 where some of several images
-cannot be read, 2 where none can.
+NAME_overlay.png (the classes' colours over the image, with a legend). The checkpoint says what
+model it is, its classes and their colours: no other flag is needed. A file is never overwritten but
+by the same prediction: of the same image, by the same network, with the same flags. Exits with 1
+where some of several images cannot be read, 2 where none can.
 """
 
-import contextlib
-import itertools
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
-import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import data
 import models
 import utils
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "darrennet_voc2007.pt"
-THUMBNAIL = (400, 400)  # the most that --grid shows of an overlay, in pixels
+SOFTWARE = "DarrenNet predict.py"  # stands in each file written here, so that others are known
+KINDS = ("mask", "overlay")
 
 
 def parse_args(argv=None):
@@ -32,10 +31,11 @@ def parse_args(argv=None):
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    how = "default: the newest run's best.pt, or else weights/darrennet_voc2007.pt"
+    how = "or a run's folder; default: the newest run's best.pt, or else a network in weights/"
     add("--checkpoint", type=Path, metavar="FILE", help=how)
-    add("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
-    add("--grid", type=Path, metavar="FILE", help="also show all the overlays in this one picture")
+    how = "default: predictions, or predictions-2 and so on where that holds other predictions"
+    add("--out", type=Path, metavar="DIR", help=how)
+    add("--size", type=utils.number(int, 32, 4096), help="of its input; default: as in training")
     add("--tta", action="store_true", help="average with the mirrored image's prediction")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: %(default)s")
     return parser.parse_args(argv)
@@ -44,121 +44,147 @@ def parse_args(argv=None):
 def find_images(paths):
     """Return the image files among `paths`: files as they are, folders by the images in them."""
     found = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(
-                file for file in path.iterdir() if file.suffix.lower() in data.IMAGE_SUFFIXES
-            )
-            if not inside:
-                raise utils.UserError(
-                    f"{path}: has no images ({', '.join(sorted(data.IMAGE_SUFFIXES))})"
-                )
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
+    for path in utils.expand(paths):
+        if not path.exists():
             raise utils.UserError(f"{path}: does not exist; give images or folders of images")
+        found += images_in(path) if path.is_dir() else [path]
     return found
+
+
+def images_in(folder):
+    """Return a folder's images, and print what else is in it, but for hidden files."""
+    files = data.image_files(folder)
+    stems = {file.stem for file in files}
+    images = [file for file in files if not is_result(file, stems)]
+    rest = sorted(set(folder.iterdir()) - set(images))
+    names = [path.name + "/" * path.is_dir() for path in rest if not path.name.startswith(".")]
+    kinds = ", ".join(sorted(data.IMAGE_SUFFIXES))
+    if names:
+        print(
+            f"{folder}: left out {', '.join(names[:9])}{', ...' * (len(names) > 9)}; masks and "
+            f"overlays of other images, folders, and files that are no {kinds} are not segmented "
+            "(convert HEIC to JPEG)"
+        )
+    if not images:
+        raise utils.UserError(f"{folder}: has no images ({kinds}) to segment")
+    return images
+
+
+def is_result(path, stems):
+    """Return whether a file is a mask or an overlay: named after one of `stems`, or written here."""
+    stem, _, kind = path.stem.rpartition("_")
+    return kind in KINDS and (stem in stems or read_mark(path) is not None)
 
 
 def output_names(paths):
     """Return a name for each image's outputs: its stem, numbered where another had it before."""
     names = {}  # from lower case, since some file systems take a for A
     for path in paths:
-        numbered = (f"{path.stem}-{number}" for number in itertools.count(2))
-        candidates = itertools.chain([path.stem], numbered)
+        candidates = (candidate.name for candidate in utils.numbered(Path(path.stem)))
         name = next(name for name in candidates if name.lower() not in names)
         names[name.lower()] = name
     return list(names.values())
 
 
-def segment_photo(path, name, model, checkpoint, args, device_lock):
-    """Segment one image and write its two files; return (classes' shares, overlay for --grid).
+def read_mark(path):
+    """Return how a file was made, as `write` noted it, None where it was not written here."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Comment") if image.info.get("Software") == SOFTWARE else None
+    except (OSError, Image.DecompressionBombError):
+        return None
 
-    Raises DataError where the image cannot be read.
+
+def other_results(folder, marks):
+    """Return words on a file that writing to a folder would lose, None where there is none.
+
+    marks: {name: how its outputs are made}. Those that are there and were made so may be lost.
     """
-    image = data.load_image(path)
-    images = data.normalize(data.to_tensor(image, checkpoint["size"])[None])
-    with device_lock:
-        images = images.to(next(model.parameters()).device)
-        mask = utils.segment(model, images, (image.height, image.width), args.tta)[0].cpu()
-    utils.make_folder(args.out)
-    utils.save_mask(args.out / f"{name}_mask.png", mask, checkpoint["palette"])
+    for name, mark in marks.items():
+        for file in (folder / f"{name}_{kind}.png" for kind in KINDS):
+            if file.exists() and read_mark(file) != mark:
+                if read_mark(file) is None:
+                    return f"{file}: was not written by predict.py"
+                return (
+                    f"{file}: was made from another image, by another network or with other flags"
+                )
+    return None
+
+
+def write(folder, name, mark, image, mask, checkpoint):
+    """Write an image's mask and overlay, with `mark`, the text that says how they were made."""
+    utils.make_folder(folder)
+    info = PngInfo()
+    info.add_text("Software", SOFTWARE)
+    info.add_text("Comment", mark)
+    utils.save_mask(folder / f"{name}_mask.png", mask, checkpoint["palette"], pnginfo=info)
     picture = utils.overlay(image, mask, checkpoint["classes"], checkpoint["palette"])
     # A photograph hardly shrinks any further at the higher levels, which take most of the time.
-    picture.save(args.out / f"{name}_overlay.png", compress_level=1)
-    if args.grid:
-        picture.thumbnail(THUMBNAIL)
-    return utils.class_shares(mask, checkpoint["classes"]), picture
+    picture.save(folder / f"{name}_overlay.png", compress_level=1, pnginfo=info)
 
 
-@contextlib.contextmanager
-def mapper(count):
-    """Give a function that works as `map` does, on several images at once where there are several.
-
-    An image a core, each with one thread, is faster than one after the other with all threads. One
-    alone stays in this thread, for PyTorch to divide among the cores.
-    """
-    # A photograph of 100 million pixels takes 2 GB.
-    workers = min(count, torch.get_num_threads(), data.memory_size() // 2**31)
-    if workers < 2:
-        yield map
-        return
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C too, which must not wait for the rest
+def say_network(path, checkpoint):
+    """Print what the network is, what it knows, and where others are."""
+    classes = checkpoint["classes"]
+    names = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6)
+    # A Windows path has / and \ for separators: the network may have been trained anywhere.
+    where = PureWindowsPath(checkpoint.get("data", "unknown data")).name
+    print(f"network: {path}: {checkpoint['model']}, trained on {where}", end=": ")
+    print(f"{len(classes)} classes ({names})")
+    others = sorted(set(SHIPPED.parent.glob("*.pt")) - {path.resolve()})
+    if others:
+        print(f"  --checkpoint takes another, such as {', '.join(map(str, others))}")
 
 
 def main(argv=None):
     """Run the command line; see the top of the file."""
     args = parse_args(argv)
-    paths = find_images(args.images)
-    if not args.checkpoint:
-        args.checkpoint = utils.newest_checkpoint(fallback=SHIPPED)
-        print(f"network: {args.checkpoint}")
-    checkpoint = utils.load_checkpoint(args.checkpoint)
+    network = args.checkpoint or utils.newest_checkpoint(fallback=SHIPPED)
+    network = network / "best.pt" if network.is_dir() else network
+    checkpoint = utils.load_checkpoint(network)
+    say_network(network, checkpoint)
     device = utils.select_device(args.device)
     model = utils.to_device(models.from_checkpoint(checkpoint), device)
-    background = checkpoint["classes"][0]
-    # GPUs take one image at a time, while other threads read and write theirs.
-    lock = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
-
-    def work(path, name):
-        try:
-            return segment_photo(path, name, model, checkpoint, args, lock)
-        except data.DataError as error:
-            return error, None
-
-    failed, sheet = 0, {}
+    classes, size = checkpoint["classes"], args.size or checkpoint["size"]
+    paths = find_images(args.images)
+    how = f"by {network.resolve()}, at {size}x{size}{', tta' * args.tta}"
+    marks = [ascii(f"{path.resolve()}, {how}") for path in paths]  # a name may be no Unicode
+    made = dict(zip(output_names(paths), marks))
+    out = utils.free_folder(args.out, Path("predictions"), lambda f: other_results(f, made))
+    failed = black = 0
     clear = "\033[K" if sys.stdout.isatty() else ""  # the rest of the progress line
-    names = output_names(paths)
-    with mapper(len(paths)) as apply:
-        results = apply(work, paths, names)
-        for path, name in utils.progress(list(zip(paths, names)), "segmenting"):
-            shares, picture = next(results)
-            if picture is None:
-                failed += 1
-                print(f"{clear}predict.py: error: {' '.join(str(shares).split())}", file=sys.stderr)
-                continue
-            found = ", ".join(f"{label} {share:.1%}" for label, share in shares.items())
-            print(f"{clear}{' '.join(str(path).splitlines())}: {found}")
-            if list(shares) == [background]:
-                print(
-                    f"  nothing but {background} was found; the mask is black because no pixel is "
-                    "of another class, most often because the network was trained too little"
-                )
-            if args.grid:
-                sheet[name] = picture
+    for path, (name, mark) in utils.progress(list(zip(paths, made.items())), "segmenting"):
+        try:
+            image = data.load_image(path)
+        except data.DataError as error:
+            failed += 1
+            hint = "; convert HEIC to JPEG" if path.suffix.lower() in (".heic", ".heif") else ""
+            message = " ".join(f"{error}{hint}".split())
+            print(f"{clear}predict.py: error: {message}", file=sys.stderr)
+            continue
+        images = data.normalize(data.to_tensor(image, size)[None].to(device))
+        labels, sure = utils.segment(model, images, (image.height, image.width), args.tta)
+        mask, mean, least = labels[0].cpu(), sure.mean().item(), sure.min().item()
+        del labels, sure  # as large as the photograph
+        write(out, name, mark, image, mask, checkpoint)
+        shares = utils.class_shares(mask, classes)
+        found = ", ".join(f"{label} {share:.1%}" for label, share in shares.items())
+        print(f"{clear}{' '.join(str(path).splitlines())}: {found}; sure: {mean:.2f}")
+        if list(shares) == classes[:1]:
+            black += 1
+            print(f"  nothing but {classes[0]}, with a probability from {least:.2f} up")
+    if black:
+        score = checkpoint["metrics"]["val_mean_iou"]
+        print(
+            f"{black} of {len(paths)} masks are nothing but {classes[0]}: right where an image shows none of the "
+            f"network's classes. It may miss some: in validation it scored {score:.3f} mIoU, after "
+            f"{checkpoint['epoch']} epochs"
+        )
     if failed < len(paths):
-        print(f"masks and overlays are in {args.out}")
-    if sheet:
-        utils.make_folder(args.grid.parent)
-        utils.contact_sheet(sheet).save(args.grid)
-        print(f"all of them side by side: {args.grid}")
+        print(f"sure: the mean probability of the classes chosen; 1/{len(classes)} is a mere guess")
+        print(f"masks and overlays are in {out}")
     return 0 if not failed else 1 if failed < len(paths) else 2
 
 
 if __name__ == "__main__":
-    utils.run(main, data.DataError, models.ModelError)
+    utils.cli(main, data.DataError, models.ModelError)

@@ -2,9 +2,15 @@
 
 import argparse
 import contextlib
+import csv
+import glob
+import itertools
+import json
 import math
 import os
 import pickle
+import platform
+import shlex
 import signal
 import sys
 import time
@@ -14,9 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+# Colours that colour-blind readers tell apart (Okabe and Ito 2008, Color Universal Design).
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 VOID_COLOR = (224, 224, 192)  # VOC's, for the pixels that an annotator left out
 INITIALIZERS = {
     "kaiming": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
@@ -29,24 +38,32 @@ class UserError(ValueError):
     """Something the user can mend; the message says what and how."""
 
 
-def run(main, *user_errors):
+def cli(main, *user_errors):
     """Call a script's `main`; where the user can mend what went wrong, say so in one line.
 
     UserError, OSError, a full GPU and the further exception classes given end the process with
     status 2, as argparse's own errors do, Ctrl-C with 130. All others are bugs: they keep their
-    traceback.
+    traceback. (data.py and models.py have error classes of their own, since they can be copied out
+    alone.)
     """
+    for stream in (sys.stdout, sys.stderr):  # a file on Windows may know few letters
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(main())
-    except torch.OutOfMemoryError:
-        message = "the GPU's memory is full; try a smaller --batch-size or --size"
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (UserError, OSError, *user_errors) as error:
-        # A DataLoader's worker hands an error on as a traceback, whose last line is the message.
-        text = str(error)
-        text = text.splitlines()[-1].partition("Error: ")[2] if "Traceback" in text else text
-        message = " ".join(text.split())
+        message = " ".join(str(error).split())
+    except (RuntimeError, ValueError) as error:  # PyTorch has no classes of its own for these
+        remedies = {
+            "out of memory": "the GPU's memory is full; try a smaller --batch-size or --size",
+            "more than 1 value per channel": "batch norm cannot learn from one value a channel, as "
+            "one image gives at this --size; take a larger --batch-size, or --size 64 or more",
+        }
+        message = next((remedies[part] for part in remedies if part in str(error)), None)
+        if not message:
+            raise
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -65,13 +82,17 @@ def make_parser(description):
 def stop_signals():
     """Give a list to which SIGINT and SIGTERM add their number instead of ending the process.
 
-    So that work can end at a good place. The second signal of a kind ends the process at once.
+    So that work can end at a good place. A second later another signal ends the process at once;
+    sooner it may be the same one again, which torchrun hands on beside the terminal.
     """
-    caught = []
+    caught, times = [], []
 
     def catch(number, frame):
         caught.append(number)
-        signal.signal(number, before[number])
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 1:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -79,6 +100,86 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def process_group(device_name):
+    """Join the processes that torchrun started, if it did; give (device, rank, their number).
+
+    Only the first process prints; errors are printed by all. None leaves before all have come to
+    the end, so that the first can save. Where one fails, torchrun ends the others.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        yield select_device(device_name), 0, 1
+        return
+    if device_name == "auto" and torch.cuda.is_available():
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = select_device("cpu" if device_name == "auto" else device_name)
+    nccl = device.type == "cuda" and distributed.is_nccl_available()  # Windows has none
+    # gloo too, for numbers that are on the CPU: summing them does not wait for the GPU.
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    rank = distributed.get_rank()
+    with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
+        yield device, rank, distributed.get_world_size()
+    over_processes(0)
+    distributed.destroy_process_group()
+
+
+def over_processes(value, operation="SUM"):
+    """Return the sum (or MAX) of a number over the processes, a float; all must call this together."""
+    if not distributed.is_initialized():
+        return float(value)
+    value = torch.tensor(float(value), dtype=torch.float64)
+    distributed.all_reduce(value, getattr(distributed.ReduceOp, operation))
+    return value.item()
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Let a machine's first process run a block before its others do."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        over_processes(0)
+    yield
+    if first:
+        over_processes(0)
+
+
+@contextlib.contextmanager
+def run_folder(args, resumed, rank=0):
+    """Give the run's folder: --out, or else runs/MODEL, runs/MODEL-2, ... Raises UserError.
+
+    A new run that comes to no checkpoint leaves no folder.
+    """
+    numbered = itertools.chain([args.model], (f"{args.model}-{n}" for n in itertools.count(2)))
+    out = args.out or next(p for p in map(Path("runs").joinpath, numbered) if not p.exists())
+    if resumed or rank:  # it is there, or another process makes it
+        yield out
+        return
+    if (out / "last.pt").exists():
+        raise UserError(
+            f"{out}: holds a run; go on with --resume {out / 'last.pt'} or choose another --out"
+        )
+    make_folder(out)
+    try:
+        yield out
+    finally:
+        if not (out / "last.pt").exists():
+            (out / "settings.json").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds something else
+                out.rmdir()
+
+
+def write_settings(out, argv, args, device):
+    """Write a run's settings.json: the commands as typed, every setting, the versions, the device."""
+    path = out / "settings.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"commands": []}
+    words = [Path(sys.argv[0]).name, *map(str, sys.argv[1:] if argv is None else argv)]
+    stored["commands"].append(shlex.join(words))
+    stored["settings"] = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
+    stored["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    stored["device"] = f"{device}, {platform.platform()}, {torch.get_num_threads()} threads"
+    path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
 def make_folder(path):
@@ -151,19 +252,39 @@ def initialize(model, scheme):
                 nn.init.zeros_(module.bias)
 
 
+def update_average(average, model, steps, decay):
+    """Move the averages of a model's weights, and of its batch norms' statistics, towards the latest.
+
+    An exponential moving average that lasts 1 / (1 - decay) steps, but early on a tenth of the
+    `steps` so far, so that short trainings are not held back.
+    """
+    averages, values = (
+        [t for t in itertools.chain(m.parameters(), m.buffers()) if t.is_floating_point()]
+        for m in (average, model)
+    )
+    with torch.no_grad():
+        get_ema_multi_avg_fn(min(decay, steps / (steps + 10)))(averages, values, None)
+
+
 def confusion_matrix(pred, mask, num_classes):
     """Count pixels by true and predicted class, void left out.
 
     pred, mask: integer tensors of one shape, pred from 0 to num_classes - 1, mask likewise or void
     (255). Returns int64 (C, C) on their device, rows ground truth, columns prediction. Sum the
     matrices of a whole split, then score: a mean of per-batch scores depends on the batch size.
-    Raises ValueError for a label outside the classes.
+    Raises ValueError for a label outside the classes, on a void pixel too.
     """
-    # Void has a row of its own, cut off at the end: picking out the other pixels first takes twenty
-    # times as long. int32, since bincount's time is mostly that of reading its input.
-    pairs = mask.int() * num_classes + pred
-    counts = torch.bincount(pairs.flatten(), minlength=256 * num_classes).view(-1, num_classes)
-    if counts[num_classes:255].any() or len(counts) > 256:
+    if pred.device.type == "mps":  # where bincount is slow, and fails in some versions of PyTorch
+        pred, mask = pred.cpu(), mask.cpu()
+    in_range = (
+        0 <= pred.min() and pred.max() < num_classes and 0 <= mask.min() and mask.max() <= 255
+    )
+    if in_range:
+        # Void has a row of its own, cut off at the end: picking out the other pixels first takes
+        # twenty times as long. int32, since bincount's time is mostly that of reading its input.
+        pairs = mask.int() * num_classes + pred
+        counts = torch.bincount(pairs.flatten(), minlength=256 * num_classes).view(256, -1)
+    if not in_range or counts[num_classes:255].any():
         raise ValueError(f"a label is outside the {num_classes} classes")
     return counts[:num_classes]
 
@@ -205,30 +326,29 @@ def best_row(history):
 
 @torch.inference_mode()
 def segment(model, images, size, tta=False):
-    """Return the class of every pixel for a normalised float batch (N, 3, H, W).
+    """Return the class of every pixel for a normalised float batch (N, 3, H, W), and how sure it is.
 
     The probabilities are brought to `size` (height, width) bilinearly before the best class is
-    taken; returns uint8 (N, height, width). `tta` averages them with those of the mirrored image.
-    `model` must be in eval mode. Both evaluate.py and predict.py label pixels with this alone.
+    taken; returns labels, uint8 (N, height, width), and the probability of each, float, alike.
+    `tta` averages the probabilities with those of the mirrored image. `model` must be in eval
+    mode. Both evaluate.py and predict.py label pixels with this alone.
     """
     probabilities = model(images).float().softmax(1)
     if tta:
         probabilities = (probabilities + model(images.flip(-1)).float().softmax(1).flip(-1)) / 2
     if probabilities.shape[-2:] == tuple(size):
-        return probabilities.max(1).indices.byte()  # several times faster than argmax on CPUs
+        best = probabilities.max(1)  # several times faster than argmax on CPUs
+        return best.indices.byte(), best.values
     # Class by class: a photograph of 24 million pixels then needs two maps of its size instead of
-    # one for each class, 2 GB for VOC's. The best of C classes has 1/C or more at every pixel, so
-    # one that stays below that in the whole batch is nowhere the best; 0.99 allows for rounding.
-    resize = partial(F.interpolate, size=size, mode="bilinear", align_corners=False)
-    best = resize(probabilities[:, :1])[:, 0]
+    # one for each class, 2 GB for VOC's.
+    best = probabilities.new_full((len(images), *size), -1)
     labels = torch.zeros_like(best, dtype=torch.uint8)
-    highest = probabilities.amax((0, 2, 3)).tolist()
-    for c in range(1, len(highest)):
-        if highest[c] > 0.99 / len(highest):
-            candidate = resize(probabilities[:, c : c + 1])[:, 0]
-            labels.masked_fill_(candidate > best, c)
-            torch.maximum(best, candidate, out=best)
-    return labels
+    for c in range(probabilities.shape[1]):
+        one = probabilities[:, c : c + 1]
+        one = F.interpolate(one, size, mode="bilinear", align_corners=False)[:, 0]
+        labels.masked_fill_(one > best, c)
+        torch.maximum(best, one, out=best)
+    return labels, best
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -247,7 +367,9 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # what torch.save makes of a write that fails
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # what torch.save makes of a write that fails
+            raise
         raise OSError(f"{path}: cannot be written; is the disk full?") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -301,6 +423,46 @@ def newest_checkpoint(name="best.pt", runs="runs", fallback=None):
     return found[-1]
 
 
+def expand(paths):
+    """Return `paths`, a list of Path, with patterns like runs/*/best.pt replaced by what they match.
+
+    Windows' command line leaves this to the program, as others do where a pattern is quoted. A path
+    that exists is taken as it is. Raises UserError for a pattern that nothing matches.
+    """
+    found = []
+    for path in paths:
+        if path.exists() or not set("*?[") & set(str(path)):
+            found.append(path)
+            continue
+        matches = sorted(glob.glob(str(path), recursive=True))
+        if not matches:
+            raise UserError(f"{path}: nothing matches this pattern")
+        found += map(Path, matches)
+    return found
+
+
+def numbered(folder):
+    """Yield the paths `folder`, folder-2, folder-3, ... without end."""
+    yield folder
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}-{number}")
+
+
+def free_folder(given, wanted, in_the_way):
+    """Return the folder to write to: `given`, or else the first free one of `wanted`, wanted-2, ...
+
+    in_the_way(folder) returns nothing, or words on what must not be overwritten there. Raises
+    UserError where that is so in `given`.
+    """
+    for folder in [given] if given else numbered(wanted):
+        words = in_the_way(folder)
+        if not words:
+            return folder
+        if given:
+            raise UserError(f"{words}; choose another --out")
+        print(f"{folder} is left as it is ({words})")
+
+
 def random_state(device):
     """Return the states of PyTorch's random generators, the CPU's and the device's, as tensors."""
     states = {"cpu": torch.get_rng_state()}
@@ -332,12 +494,16 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def progress(items, label, images_each=1, status=lambda: ""):
-    """Yield `items`, keeping one line on standard error: share done, images/s, time left, status().
+def progress(items, label, images_each=1, loss=None):
+    """Yield `items`, keeping one line on standard error: share done, images/s, loss(), time left.
 
     On a terminal the line is rewritten twice a second and goes away at the end; in a file there
-    is a new line every half minute, so that short work leaves none.
+    is a new line every half minute, so that short work leaves none. Of several processes only the
+    first keeps it.
     """
+    if os.environ.get("RANK", "0") != "0":
+        yield from items
+        return
     terminal = sys.stderr.isatty()
     pause = 0.5 if terminal else 30
     start = shown = time.monotonic()
@@ -345,8 +511,9 @@ def progress(items, label, images_each=1, status=lambda: ""):
         yield item
         now = time.monotonic()
         if now - shown > pause:
-            shown, rate = now, done / (now - start)
-            line = f"{label} {done}/{len(items)}  {rate * images_each:.1f} images/s  {status()}  "
+            shown, rate = now, done / max(now - start, 1e-9)
+            line = f"{label} {done}/{len(items)}  {rate * images_each:.1f} images/s  "
+            line += f"loss {float(loss()):.4f}  " if loss else ""
             line += f"{format_seconds((len(items) - done) / rate)} left"
             # Back at the start of the line, so that what the caller prints next takes its place.
             print(line, end="\033[K\r" if terminal else "\n", file=sys.stderr, flush=True)
@@ -374,23 +541,28 @@ def colorize(mask, palette):
     return np.take(table, np.asarray(mask), axis=0)  # several times faster than table[mask]
 
 
-def save_mask(path, mask, palette):
-    """Write a class mask, uint8 (H, W), as a palette PNG whose pixel values are the classes."""
+def save_mask(path, mask, palette, **options):
+    """Write a class mask, uint8 (H, W), as a palette PNG whose pixel values are the classes.
+
+    options: what Pillow's Image.save takes besides.
+    """
     image = Image.fromarray(np.asarray(mask))
     image.putpalette(colorize(np.arange(256), palette).tobytes())  # makes it mode P
-    image.save(path)
+    image.save(path, **options)
 
 
 def overlay(image, mask, classes, palette):
-    """Return a PIL RGB picture: the classes' colours over the image, and a legend below it.
+    """Return a PIL RGB picture: the classes' colours over the image in grey, and a legend below it.
 
-    image: PIL RGB; mask: uint8 (H, W) at the image's size. Background (class 0) is left as it
-    is. The legend names the classes that the mask has, with the share of pixels each takes.
+    image: PIL RGB; mask: uint8 (H, W) at the image's size. Mixed with greys a colour keeps its hue,
+    so that it is found in the legend whatever the photograph's colours are; a class's border has
+    its pure colour and a white line around it. Background (class 0) is the image in light grey. The
+    legend names the classes that the mask has, with the share of pixels each takes.
     """
     mask = np.asarray(mask)
-    colored = Image.fromarray(colorize(mask, palette))
-    strength = Image.fromarray(np.where(mask > 0, 140, 0).astype(np.uint8))
-    blended = Image.composite(colored, image, strength)
+    border = near_another(mask, max(1, min(image.size) // 200))
+    strength = np.where(border, np.uint8(255), np.where(mask > 0, np.uint8(165), np.uint8(70)))
+    colors = [(255, 255, 255), *map(tuple, palette[1:])]
 
     shares = class_shares(mask, classes)
     size = max(12, min(image.size) // 25)
@@ -406,32 +578,24 @@ def overlay(image, mask, classes, palette):
         places.append((x, image.height + y))
         x += width
     canvas = Image.new("RGB", (canvas_width, image.height + y + 2 * size), "white")
-    canvas.paste(blended, (0, 0))
+    canvas.paste(image.convert("L"), (0, 0))
+    canvas.paste(Image.fromarray(colorize(mask, colors)), (0, 0), Image.fromarray(strength))
     draw = ImageDraw.Draw(canvas)
     for (x, y), entry, name in zip(places, entries, shares):
         box = (x + size // 2, y + size // 2, x + size * 3 // 2, y + size * 3 // 2)
-        draw.rectangle(box, fill=tuple(palette[classes.index(name)]), outline="black")
+        draw.rectangle(box, fill=colors[classes.index(name)], outline="black")
         draw.text((x + 2 * size, y + size), entry, font=font, fill="black", anchor="lm")
     return canvas
 
 
-def contact_sheet(pictures):
-    """Return one PIL RGB picture of all in {name: PIL picture}, row by row, with names below."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    margin, font = 8, ImageFont.load_default(14)
-    width = max(picture.width for picture in pictures.values()) + margin
-    height = max(picture.height for picture in pictures.values()) + 30
-    rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * width + margin, rows * height + margin), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (name, picture) in enumerate(pictures.items()):
-        x, y = margin + number % columns * width, margin + number // columns * height
-        sheet.paste(picture, (x, y))
-        text = " ".join(name.split())
-        while font.getlength(text) > width - margin:
-            text = text.removesuffix("…")[:-1] + "…"
-        draw.text((x, y + picture.height + 4), text, font=font, fill="black")
-    return sheet
+def near_another(mask, distance):
+    """Return where a class mask (H, W) has another class `distance` pixels away, a bool array."""
+    near = np.zeros(mask.shape, bool)
+    for here, there in ((near, mask), (near.T, mask.T)):  # up and down, then left and right
+        differs = there[distance:] != there[:-distance]
+        here[distance:] |= differs
+        here[:-distance] |= differs
+    return near
 
 
 def class_shares(mask, classes):
@@ -439,3 +603,110 @@ def class_shares(mask, classes):
     counts = np.bincount(np.asarray(mask).ravel(), minlength=len(classes))
     order = sorted(np.flatnonzero(counts), key=lambda c: -counts[c])
     return {classes[c]: counts[c] / counts.sum() for c in order}
+
+
+def new_figure(width, height):
+    """Return an empty matplotlib figure, of so many inches, that asks for no display.
+
+    matplotlib is imported here, since predict.py needs none of it. A notebook's MPLBACKEND, which
+    may name what is not installed, would end that import; a Figure, unlike pyplot, needs no backend.
+    """
+    if "matplotlib" not in sys.modules:
+        os.environ.pop("MPLBACKEND", None)
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_log(run, rows):
+    """Write a run's log.csv: a row, a dictionary, for each epoch."""
+    with open(run / "log.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_log(run):
+    """Return the rows of a run's log.csv, dictionaries of numbers. Raises UserError."""
+    path = Path(run, "log.csv")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    except FileNotFoundError as error:
+        raise UserError(f"{run}: has no log.csv; give folders that train.py filled") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is not a log of train.py ({error})") from error
+    if not rows or "val_mean_iou" not in rows[0]:
+        raise UserError(f"{path}: has no epochs yet; train first")
+    return rows
+
+
+def curves(path, histories, title):
+    """Draw the losses and validation scores of runs over the epochs, each run in its own colour.
+
+    histories: {name: the rows of the run's log.csv}. The best epoch of each run has a dot.
+    """
+    names = [
+        f"{name}: best {best_row(rows)['val_mean_iou']:.4f}" for name, rows in histories.items()
+    ]
+    legend_rows = len(names) if len(names) > 1 else 0
+    figure = new_figure(12, 4.2 + 0.25 * legend_rows)
+    from matplotlib.lines import Line2D
+
+    figure.suptitle(title)
+    panels = (
+        ("loss", {"val_loss": "-", "train_loss": ":"}),
+        ("mean IoU, validation", {"val_mean_iou": "-"}),
+        ("pixel accuracy, validation", {"val_pixel_accuracy": "-"}),
+    )
+    handles = []
+    for axes, (label, columns) in zip(figure.subplots(1, len(panels)), panels):
+        for number, rows in enumerate(histories.values()):
+            epochs = [row["epoch"] for row in rows]
+            best = best_row(rows)
+            for column, style in columns.items():
+                color = COLORS[number % len(COLORS)]
+                (line,) = axes.plot(epochs, [row[column] for row in rows], style, color=color)
+            if column == "val_mean_iou":
+                handles.append(line)
+            if label != "loss":
+                axes.plot(best["epoch"], best[column], "o", color=color)
+        axes.set(title=label, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if label == "loss":
+            styles = [Line2D([], [], ls=style, color="black") for style in columns.values()]
+            axes.legend(styles, ["validation", "training"], frameon=False)
+    if len(names) > 1:
+        figure.legend(handles, names, loc="outside lower center", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def samples(path, images, rows, classes, palette, title, captions=()):
+    """Draw a grid with a column for each image: the image on top, then its masks row by row.
+
+    images: uint8 (N, 3, H, W); rows: {name: uint8 masks (N, H, W)}; captions: a line above each
+    image. Below the grid, a legend of the classes that appear.
+    """
+    height = 2.1 * (1 + len(rows)) + 0.9
+    figure = new_figure(2.1 * len(images), height)
+    from matplotlib.patches import Patch
+
+    figure.suptitle(title)
+    grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
+    for axes, caption in zip(grid[0], captions):
+        axes.set_title(caption, fontsize=10)
+    pictures = [images.permute(0, 2, 3, 1).numpy()]
+    pictures += [[colorize(mask, palette) for mask in masks] for masks in rows.values()]
+    for line, name, shown in zip(grid, ["image", *rows], pictures):
+        line[0].set_ylabel(name)
+        for axes, picture in zip(line, shown):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+    present = torch.stack(list(rows.values())).unique().tolist()
+    names = [classes[c] if c < len(classes) else "void" for c in present]
+    colors = colorize(np.array(present), palette) / 255
+    handles = [Patch(fc=color, ec="black", label=name) for color, name in zip(colors, names)]
+    columns = min(len(handles), 1 + 4 * len(images) // 3)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    figure.savefig(path, dpi=100)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Trains and scores every row of the README's table that needs no download:
+# Trains and scores every row of the table in docs/results.md that needs no download but VOC:
 #     sh docs/results.sh DIR        DIR holds VOCdevkit/VOC2007
 # On one core with AMX it takes about 9 hours. A run's scores go to runs/NAME/paper (the paper's
 # protocol) and runs/NAME/own (the images' own resolution, void left out).

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import data
-import plots
+import evaluate
+import utils
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_VOC = os.environ.get("VOC_ROOT")
@@ -52,8 +53,13 @@ def voc(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Leave out the figures at the end of a run in this process: they take longer than it."""
-    for name in ("curves", "samples", "confusion_matrix", "class_iou"):
-        monkeypatch.setattr(plots, name, lambda *args: None)
+    for module, name in (
+        (utils, "curves"),
+        (utils, "samples"),
+        (evaluate, "draw_confusion_matrix"),
+        (evaluate, "draw_class_iou"),
+    ):
+        monkeypatch.setattr(module, name, lambda *args: None)
 
 
 class Process:

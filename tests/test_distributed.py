@@ -1,41 +1,67 @@
-"""One run on two processes, against the same run on one; data that is decoded as it is needed."""
+"""One run in several processes, as torchrun starts them, against the same run in one."""
 
 import csv
+import json
+import os
+import signal
+import socket
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
-import torch
-from conftest import REPOSITORY, call, run_script, write_voc
-from PIL import Image
+from conftest import REPOSITORY, Process, write_voc
+from test_data import archives  # noqa: F401, a fixture
+from torchvision.datasets import voc as torchvision_voc
 
-import train
 import utils
 
 # Two things tell batches apart that are divided over processes: dropout, which the FCN has not,
 # and batch norm, whose statistics are each process's own on the CPU. So it is left out here.
-WITHOUT_BATCH_NORM = f"""
-import sys
-import torch
-sys.path.insert(0, {str(REPOSITORY)!r})
-
+WITHOUT_BATCH_NORM = """
 class NoNorm(torch.nn.Identity):
     def __init__(self, channels):
         super().__init__()
         self.weight, self.bias = torch.ones(channels), torch.zeros(channels)
 
 torch.nn.BatchNorm2d = NoNorm
-import data, train, utils
-utils.run(train.main, data.DataError)
+"""
+# Saving last.pt takes two seconds, and says when it begins.
+SLOW_SAVING = """
+import time, pathlib, utils
+save = utils.save_checkpoint
+def slow(path, checkpoint):
+    if path.name == "last.pt" and checkpoint["unfinished_epoch"]["step"]:
+        pathlib.Path("saving").touch()
+        time.sleep(2)
+    save(path, checkpoint)
+utils.save_checkpoint = slow
+"""
+# VOC's archive comes from a server on this machine.
+LOCAL_ARCHIVE = """
+import json
+from torchvision.datasets import voc
+voc.DATASET_YEAR_DICT["2007"] = json.load(open("entry.json"))
 """
 
 
-def train_without_batch_norm(folder, processes, *args):
-    (folder / "train_.py").write_text(WITHOUT_BATCH_NORM)
-    start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    command = [sys.executable, *(start if processes > 1 else []), "train_.py", *map(str, args)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+def start(folder, processes, *args, change=""):
+    """Start a changed train.py in several processes, with the environment that torchrun gives them."""
+    (folder / "train_.py").write_text(
+        f"import sys, torch\nsys.path.insert(0, {str(REPOSITORY)!r})\n{change}\n"
+        "import data, train, utils\nutils.cli(train.main, data.DataError)\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        Process(
+            folder / "train_.py", *args, cwd=folder,
+            **(common | {"RANK": str(n), "LOCAL_RANK": str(n)} if processes > 1 else {}),
+        )
+        for n in range(processes)
+    ]  # fmt: skip
 
 
 def read_rows(path):
@@ -43,16 +69,27 @@ def read_rows(path):
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
+def flags(*more):
+    common = ("--data", "voc", "--model", "fcn", "--size", 32, "--device", "cpu", "--no-amp")
+    return (*common, *more)
+
+
+def wait_for(path, processes):
+    while not path.exists() and all(process.alive() for process in processes):
+        time.sleep(0.01)
+
+
 def test_two_processes_train_and_score_as_one_does(tmp_path):
     write_voc(tmp_path / "voc", {"train": 9, "val": 5})
-    flags = ("--data", "voc", "--model", "fcn", "--size", 32, "--batch-size", 4, "--lr", 1e-5)
-    flags += ("--class-weights", "enet", "--device", "cpu", "--no-amp")
+    args = flags("--batch-size", 4, "--lr", 1e-5, "--class-weights", "enet", "--epochs", 2)
     for processes in (1, 2):
-        out = ("--epochs", 2, "--out", f"run-{processes}")
-        result = train_without_batch_norm(tmp_path, processes, *flags, *out)
-        assert result.returncode == 0, result.stderr
-    assert ", 2 processes; run in run-2" in result.stdout
-    assert result.stdout.count("epoch 1/2") == 1  # the first process alone prints
+        out = ("--out", f"run-{processes}")
+        started = start(tmp_path, processes, *args, *out, change=WITHOUT_BATCH_NORM)
+        results = [process.wait() for process in started]
+        assert [result.returncode for result in results] == [0] * processes, results[0].stderr
+    # The first process alone prints.
+    assert "2 x cpu" in results[0].stdout and "run in run-2" in results[0].stdout
+    assert results[0].stdout.count("epoch 1/2") == 1 and results[1].stdout == ""
     one, two = (read_rows(tmp_path / f"run-{n}/log.csv") for n in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
@@ -60,40 +97,70 @@ def test_two_processes_train_and_score_as_one_does(tmp_path):
         assert a["val_mean_iou"] == b["val_mean_iou"]
         assert a["val_pixel_accuracy"] == b["val_pixel_accuracy"]
     # What two processes began, one goes on with.
-    resumed = ("--resume", "run-2/last.pt", "--epochs", 3)
-    result = train_without_batch_norm(tmp_path, 1, *resumed)
+    args = ("--resume", "run-2/last.pt", "--epochs", 3)
+    (process,) = start(tmp_path, 1, *args, change=WITHOUT_BATCH_NORM)
+    result = process.wait()
     assert result.returncode == 0, result.stderr
     assert len(read_rows(tmp_path / "run-2/log.csv")) == 3
 
 
-def test_an_error_in_the_processes_ends_the_run_with_a_message(tmp_path):
+def test_torchrun_itself_hands_a_signal_on_and_the_run_is_saved(tmp_path):
+    write_voc(tmp_path / "voc", {"train": 40, "val": 2})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    args = flags("--batch-size", 4, "--epochs", 500, "--out", "run")
+    torchrun = subprocess.Popen(
+        [*command, REPOSITORY / "train.py", *map(str, args)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "run/log.csv").exists() and torchrun.poll() is None:
+        time.sleep(0.05)
+    torchrun.terminate()
+    printed, errors = torchrun.communicate()
+    assert "stopped; go on with  python train.py --resume run/last.pt" in printed, errors
+    assert utils.load_checkpoint(tmp_path / "run/last.pt")["history"]
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_process_ends_all_after_the_step_and_the_save(tmp_path, told):
+    """Without --out, so that only the first process knows the folder; in the middle of saving too."""
+    write_voc(tmp_path / "voc", {"train": 40, "val": 2})
+    args = flags("--batch-size", 4, "--epochs", 500)
+    processes = start(tmp_path, 2, *args, change=SLOW_SAVING)
+    wait_for(tmp_path / "runs/fcn/log.csv", processes)
+    os.kill(processes[told].pid, signal.SIGTERM)
+    wait_for(tmp_path / "saving", processes)
+    os.kill(processes[1 - told].pid, signal.SIGTERM)  # in the middle of saving
+    results = [process.wait() for process in processes]
+    assert [result.returncode for result in results] == [143, 143], results[0].stderr
+    assert [result.stderr for result in results] == ["", ""]
+    last = utils.load_checkpoint(tmp_path / "runs/fcn/last.pt")
+    assert 1 <= last["unfinished_epoch"]["step"] <= 10 and last["history"]
+
+
+def test_the_first_of_four_processes_downloads_and_the_others_wait(archives):  # noqa: F811
+    (archives / "entry.json").write_text(json.dumps(torchvision_voc.DATASET_YEAR_DICT["2007"]))
+    args = ("--data", "voc2007", "--model", "fcn", "--size", 64, "--epochs", 1, "--out", "run")
+    args += ("--device", "cpu")
+    processes = start(archives, 4, *args, change=LOCAL_ARCHIVE)
+    results = [process.wait() for process in processes]
+    # A set of two images is too small for four processes, which is found after the download.
+    assert [result.returncode for result in results] == [2] * 4
+    said = "".join(result.stderr for result in results)
+    assert said.count("downloading") == 1 and said.count("--batch-size is 2 for 4 processes") == 4
+    names = (archives / "data/VOCdevkit/VOC2007/ImageSets/Segmentation/train.txt").read_text()
+    for name in names.split():
+        assert (archives / f"data/VOCdevkit/VOC2007/JPEGImages/{name}.jpg").exists()
+    assert not list((archives / "data").glob("unfinished*"))
+
+
+def test_an_error_in_a_process_is_one_line(tmp_path):
     write_voc(tmp_path / "voc")
-    flags = ("--data", "voc", "--size", 32, "--batch-size", 1, "--out", "run")
-    result = train_without_batch_norm(tmp_path, 2, *flags, "--model", "fcn", "--device", "cpu")
-    assert result.returncode != 0 and not (tmp_path / "run").exists()
-    assert "train_.py: error: " in result.stderr
-
-
-def test_streamed_data_trains_to_the_same_weights(voc, tmp_path, monkeypatch, no_pictures):
-    monkeypatch.chdir(tmp_path)
-    flags = ("--data", voc, "--model", "fcn", "--size", 32, "--batch-size", 2, "--augment")
-    flags += ("--class-weights", "--epochs", 2, "--device", "cpu", "--workers", 2)
-    for choice in ("yes", "no"):
-        call(train, *flags, "--data-in-memory", choice, "--out", choice)
-    kept, streamed = (utils.load_checkpoint(f"{choice}/last.pt") for choice in ("yes", "no"))
-    for name, tensor in kept["state_dict"].items():
-        assert torch.equal(tensor, streamed["state_dict"][name])
-    for a, b in zip(kept["history"], streamed["history"], strict=True):
-        assert a["val_loss"] == b["val_loss"] and a["val_mean_iou"] == b["val_mean_iou"]
-
-
-def test_a_bad_file_that_a_worker_process_meets_is_one_line(voc, tmp_path):
-    path = voc / "VOCdevkit/VOC2007/SegmentationClass/train_1.png"
-    Image.new("L", Image.open(path).size, 77).save(path)
-    flags = ("--data", voc, "--model", "fcn", "--size", 32, "--batch-size", 2, "--device", "cpu")
-    flags += ("--data-in-memory", "no", "--epochs", 3, "--out", "run")
-    result = run_script("train.py", *flags, cwd=tmp_path)
-    assert result.returncode == 2
-    said = [line for line in result.stderr.splitlines() if "error" in line]
-    assert len(said) == 1 and said[0].startswith(f"train.py: error: {path}: has the values 77")
-    assert not Path(tmp_path, "run/last.pt").exists()
+    processes = start(tmp_path, 2, *flags("--batch-size", 1, "--out", "run"))
+    results = [process.wait() for process in processes]
+    assert [result.returncode for result in results] == [2, 2]
+    assert not (tmp_path / "run").exists()
+    for result in results:
+        assert result.stderr == "train_.py: error: --batch-size is 1 for 2 processes\n"

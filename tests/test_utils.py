@@ -4,16 +4,17 @@ import io
 import math
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_VOC
+from conftest import REAL_VOC, REPOSITORY
 from PIL import Image
 from torch import nn
 
 import data
-import plots
 import utils
 
 # ------------------------------------------------------------------------------------- scores
@@ -45,9 +46,28 @@ def test_confusion_matrix_on_real_masks_is_that_of_a_double_loop():
     assert np.array_equal(utils.confusion_matrix(pred, masks, 21), count_by_loop(pred, masks, 21))
 
 
-def test_a_label_outside_the_classes_is_refused():
+@pytest.mark.parametrize(
+    "pred, mask",
+    [(1, 3), (1, 254), (1, 256), (1, 1000), (1, -1), (3, 0), (5, 2), (3, 255), (-1, 1)],
+)
+def test_a_label_outside_the_classes_is_refused(pred, mask):
     with pytest.raises(ValueError, match="outside the 3 classes"):
-        utils.confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 3]), 3)
+        utils.confusion_matrix(torch.tensor([0, pred]), torch.tensor([0, mask]), 3)
+
+
+def test_labels_are_counted_on_the_cpu_where_the_gpu_is_apples(monkeypatch):
+    asked = []
+
+    class OnApples(torch.Tensor):
+        device = torch.device("mps")
+
+        def cpu(self):
+            asked.append(self.tolist())
+            return torch.tensor(self.tolist())
+
+    pred, mask = (torch.tensor(labels).as_subclass(OnApples) for labels in ([0, 1, 1], [0, 1, 0]))
+    assert utils.confusion_matrix(pred, mask, 2).tolist() == [[1, 1], [0, 1]]
+    assert asked == [[0, 1, 1], [0, 1, 0]]
 
 
 def test_scores_by_hand():
@@ -103,8 +123,8 @@ def test_segment_labels_each_pixel_and_scales_to_the_size_asked_for():
     images = torch.zeros(1, 3, 4, 4)
     images[0, 0, :, :2] = 1
     images[0, 2, :, 2:] = 1
-    labels = utils.segment(Colors(), images, (8, 12))
-    assert labels.dtype == torch.uint8 and labels.shape == (1, 8, 12)
+    labels, sure = utils.segment(Colors(), images, (8, 12))
+    assert labels.dtype == torch.uint8 and labels.shape == sure.shape == (1, 8, 12)
     assert (labels[..., :6] == 0).all() and (labels[..., 6:] == 2).all()
     # A network blind to the left half sees it in the mirrored image.
     half = nn.Sequential(Colors())
@@ -113,8 +133,24 @@ def test_segment_labels_each_pixel_and_scales_to_the_size_asked_for():
     )
     images = torch.zeros(1, 3, 4, 4)
     images[:, 1] = 1
-    assert (utils.segment(half, images, (4, 4))[..., :2] == 0).all()
-    assert (utils.segment(half, images, (4, 4), tta=True) == 1).all()
+    assert (utils.segment(half, images, (4, 4))[0][..., :2] == 0).all()
+    assert (utils.segment(half, images, (4, 4), tta=True)[0] == 1).all()
+
+
+@pytest.mark.parametrize("size", [(5, 7), (11, 30)])
+@pytest.mark.parametrize("tta", [False, True])
+def test_segment_gives_the_best_class_of_the_resized_probabilities_and_its_probability(size, tta):
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 6, 3, padding=1)
+    images = torch.randn(2, 3, 5, 7)
+    labels, sure = utils.segment(model, images, size, tta)
+    with torch.inference_mode():
+        probabilities = model(images).softmax(1)
+        if tta:
+            probabilities = (probabilities + model(images.flip(-1)).softmax(1).flip(-1)) / 2
+        probabilities = nn.functional.interpolate(probabilities, size, mode="bilinear")
+    assert torch.equal(labels.long(), probabilities.argmax(1)) and len(labels.unique()) > 3
+    assert torch.allclose(sure, probabilities.amax(1))
 
 
 # ------------------------------------------------------------------------------------ devices
@@ -194,6 +230,18 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "it_ran").exists()
 
 
+def test_patterns_are_expanded_and_names_that_exist_are_not(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.pt").touch()
+    (tmp_path / "[ab]").touch()
+    plain, missing = tmp_path / "[ab]", tmp_path / "nothing.pt"
+    found = utils.expand([tmp_path / "*" / "best.pt", plain, missing])
+    assert found == [tmp_path / "a/best.pt", tmp_path / "b/best.pt", plain, missing]
+    with pytest.raises(utils.UserError, match=r"\*.jpg: nothing matches this pattern"):
+        utils.expand([tmp_path / "*.jpg"])
+
+
 # -------------------------------------------------------------------------------------- pictures
 
 
@@ -210,16 +258,29 @@ def test_masks_are_saved_as_palette_indices_in_the_classes_colors(tmp_path):
 @pytest.mark.parametrize("width, height", [(30, 20), (500, 375)])
 def test_overlay_keeps_background_and_names_the_classes_below(width, height):
     image = Image.new("RGB", (width, height), (100, 100, 100))
+    image.paste((200, 200, 200), (0, 0, width // 4, height))
     mask = np.zeros((height, width), np.uint8)
     mask[:, width // 2 :] = 2
     palette = [[0, 0, 0], [128, 0, 0], [0, 200, 0]]
     picture = np.array(utils.overlay(image, mask, ["nothing", "cat", "dog"], palette))
     assert picture.shape[0] > height and picture.shape[1] >= width
-    assert (picture[:height, : width // 2] == 100).all()
+    # The background is still seen, in grey, up to the white line around the class.
+    left = picture[:height, : width // 2].astype(int)
+    assert (left.max(-1) == left.min(-1)).all()
+    assert left[5, width // 4 - 1, 0] > left[5, width // 4, 0] + 50 and (left[:, -1] == 255).all()
     colored = picture[:height, width // 2 : width].astype(int)
     assert (colored[..., 1] > 120).all() and (colored[..., 0] < 80).all()
     legend = picture[height:].reshape(-1, 3).tolist()
     assert [0, 200, 0] in legend and [128, 0, 0] not in legend
+
+
+def test_pixels_near_another_class():
+    mask = np.zeros((5, 7), np.uint8)
+    mask[:, 4:] = 1
+    near = utils.near_another(mask, 2)
+    assert near.astype(int).tolist() == [[0, 0, 1, 1, 1, 1, 0]] * 5
+    assert np.array_equal(utils.near_another(mask.T, 2), near.T)
+    assert not utils.near_another(np.zeros((1, 1), np.uint8), 1).any()
 
 
 def test_class_shares_are_sorted():
@@ -227,22 +288,65 @@ def test_class_shares_are_sorted():
     assert list(shares.items()) == [("cat", 0.75), ("background", 0.25)]
 
 
-def test_figures_show_the_numbers_of_the_metrics(tmp_path, monkeypatch):
+# ----------------------------------------------------------------------------------------- figures
+
+
+def looks_drawn(path, width, height):
+    """Fail unless the file is a picture of at least that size that is not blank."""
+    pixels = np.array(Image.open(path).convert("L"))
+    assert pixels.shape[0] >= height and pixels.shape[1] >= width, pixels.shape
+    assert pixels.std() > 10 and pixels[0, 0] == 255  # ink on a light background
+
+
+def test_logs_are_read_as_numbers_and_others_refused(tmp_path):
+    (tmp_path / "log.csv").write_text("epoch,val_mean_iou\n1,0.25\n2,0.5\n")
+    rows = utils.read_log(tmp_path)
+    assert rows == [{"epoch": 1, "val_mean_iou": 0.25}, {"epoch": 2, "val_mean_iou": 0.5}]
+    with pytest.raises(utils.UserError, match="nowhere: has no log.csv"):
+        utils.read_log(tmp_path / "nowhere")
+    for text, said in (
+        ("a,b\nc,d\n", "is not a log of"),
+        ("epoch,val_mean_iou\n", "no epochs yet"),
+    ):
+        (tmp_path / "log.csv").write_text(text)
+        with pytest.raises(utils.UserError, match=f"log.csv: .*{said}"):
+            utils.read_log(tmp_path)
+
+
+ROWS = [
+    {"epoch": e, "train_loss": 3 / e, "val_loss": 4 / e, "val_mean_iou": v, "val_pixel_accuracy": e / 9}
+    for e, v in ((1, 0.1), (2, 0.3), (3, 0.2))
+]  # fmt: skip
+
+
+def test_the_drawn_curves_are_the_logs_numbers(monkeypatch):
     from matplotlib.figure import Figure
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
-    cm = torch.tensor([[30, 10, 0], [5, 15, 0], [0, 0, 0]])
-    classes = ["nothing", "cat", "dog"]
-    plots.confusion_matrix(tmp_path / "a.png", cm, classes, "title")
-    cells = {tuple(map(round, text.get_position())): text for text in figures[0].axes[0].texts}
-    numbers = {place: text.get_text() for place, text in cells.items()}
-    assert numbers == {(0, 0): "75", (1, 0): "25", (0, 1): "25", (1, 1): "75"}
-    values = {"nothing": 30 / 45, "cat": 0.5, "dog": None}
-    plots.class_iou(tmp_path / "b.png", values, "title")
-    axes = figures[1].axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [0.5, 30 / 45]
-    assert [text.get_text() for text in axes.texts] == ["0.500", "0.667"]
+    utils.curves("a.png", {"one": ROWS, "two": ROWS[:2]}, "title")
+    loss, iou, accuracy = figures[0].axes
+    lines = [line.get_ydata() for line in loss.lines]
+    assert [list(line) for line in lines[:2]] == [[4, 2, 4 / 3], [3, 1.5, 1]]
+    assert list(iou.lines[0].get_ydata()) == [0.1, 0.3, 0.2]
+    assert list(accuracy.lines[0].get_ydata()) == [1 / 9, 2 / 9, 3 / 9]
+    assert "one: best 0.3000" in [text.get_text() for text in figures[0].legends[0].get_texts()]
+
+
+def test_curves_and_samples_are_drawn_whatever_backend_a_notebook_asked_for(tmp_path):
+    script = (
+        f"import sys; sys.path.append({str(REPOSITORY)!r})\n"
+        "import torch, utils\n"
+        f"utils.curves('curves.png', {{'one': {ROWS}, 'two': {ROWS}}}, 'title')\n"
+        "masks = torch.tensor([0, 1, 1, 255], dtype=torch.uint8).view(1, 2, 2).repeat(3, 8, 8)\n"
+        "images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)\n"
+        "palette = [[0, 0, 0], [128, 0, 0]]\n"
+        "utils.samples('samples.png', images, {'truth': masks}, ['a', 'b'], palette, 'title')\n"
+    )
+    environment = os.environ | {"MPLBACKEND": "no_such_backend"}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+    looks_drawn(tmp_path / "curves.png", 1000, 400)
+    looks_drawn(tmp_path / "samples.png", 500, 400)
 
 
 # -------------------------------------------------------------------------------------- progress
@@ -257,10 +361,10 @@ def test_progress_is_one_line_on_a_terminal_and_silent_in_a_short_file(monkeypat
         clock = iter(range(1000))
         monkeypatch.setattr("sys.stderr", stream)
         monkeypatch.setattr("time.monotonic", lambda clock=clock: next(clock))
-        assert list(utils.progress("abcd", "work", 16, lambda: "loss 0.5")) == list("abcd")
+        assert list(utils.progress("abcd", "work", 16, lambda: 0.5)) == list("abcd")
         shown = stream.getvalue()
         if stream.isatty():
-            assert "work 2/4  16.0 images/s  loss 0.5  2 s left" in shown
+            assert "work 2/4  16.0 images/s  loss 0.5000  2 s left" in shown
             assert "\n" not in shown and shown.endswith("\033[K\r\033[K")
         else:
             assert shown == ""
