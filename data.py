@@ -9,8 +9,8 @@
     images, masks = augment(images, masks)       # another random transform for each sample
     logits = model(normalize(images))
 
-As a script it prints what is wrong with a folder, and exits with 1 where training would refuse it;
-else what is worth knowing, how many images and pixels each class has, and the class weights.
+As a script it prints how many images and pixels each class has, what is worth knowing and what is
+wrong; it exits with 1 where training would refuse the folder.
 """
 
 import colorsys
@@ -68,10 +68,9 @@ class DataError(Exception):
 
 
 def color_map(n):
-    """VOC's colours for the classes 0 to n - 1, as a list of [red, green, blue] from 0 to 255.
+    """Return the VOC development kit's colours of n classes: lists [red, green, blue], 0 to 255.
 
-    The bits of the class index are dealt to red, green and blue in turn, from the highest bit of
-    each colour down (the VOC development kit's VOClabelcolormap).
+    The bits of a class's index are dealt to red, green and blue in turn, from each one's highest.
     """
     return [
         [sum((i >> (3 * j + c) & 1) << (7 - j) for j in range(3)) for c in range(3)]
@@ -83,9 +82,6 @@ def color_map(n):
 def _say(line):
     """Print a line to standard error, the same line once only."""
     print(line, file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------ one picture
 
 
 @contextlib.contextmanager
@@ -109,8 +105,7 @@ def load_image(path):
     """Return the image file as a PIL image in mode RGB, turned upright as its EXIF data says.
 
     Transparent pixels are put over white. 16-bit grey is scaled by its range, 0 to 65535, floats by
-    0 to 1. Raises DataError for a file that is no readable image, has several frames, or holds
-    other numbers, of which nobody knows which one is white.
+    0 to 1; other numbers are refused. Raises DataError.
     """
     with _open(path, "image") as file:
         image, mode = ImageOps.exif_transpose(file), file.mode
@@ -124,8 +119,8 @@ def load_image(path):
             low, high = values.min(), values.max()
             if mode == "I" or not (low >= 0 and high <= 1):  # nan is refused too
                 raise DataError(
-                    f"{path}: holds numbers from {low:g} to {high:g}, and which one is white is not "
-                    "known; save it with 8 bits, or as floats from 0 to 1"
+                    f"{path}: holds numbers from {low:g} to {high:g}, and which is white is unknown; "
+                    "save it with 8 bits, or as floats from 0 to 1"
                 )
             image = Image.fromarray((255 * values).round().astype(np.uint8))
         return image.convert("RGB")
@@ -138,8 +133,7 @@ def load_mask(path, num_classes, colors=None):
     grayscale PNG its grey values, and so does an RGB PNG that is all grey. With `colors`,
     {(red, green, blue): class}, an RGB PNG gives the classes of its colours, and so does a palette
     PNG where `colors` has all that it uses; else an index stands for a colour by its place there.
-    Raises DataError for any other kind of file, for a value that is neither a class (0 to
-    num_classes - 1) nor void (255), and for a colour that is not in `colors`.
+    Raises DataError for all else, and for what is neither a class (below num_classes) nor void.
     """
     with _open(path, "image of labels") as file:
         kind = f"{file.mode} {file.format}"
@@ -147,16 +141,13 @@ def load_mask(path, num_classes, colors=None):
             kind = "2- or 4-bit grayscale PNG"  # Pillow stretches its values to 0 to 255
         labels, is_rgb = np.array(file), kind in ("RGB PNG", "RGBA PNG")
         if colors and (is_rgb or kind == "P PNG"):
-            # By way of RGBA, since Pillow warns of transparent palettes.
-            rgb = file.convert("RGBA").convert("RGB")
+            rgb = file.convert("RGBA").convert("RGB")  # of transparent palettes too
             mask, unnamed = _classes_of_colors(rgb, colors)
             if is_rgb and unnamed:
                 raise DataError(f"{path}: has {unnamed}; name them, or mend the mask")
+            if kind == "P PNG" and not unnamed:  # tools that shrink files put palettes in any order
+                _say(f"{path.parent}: palettes are read by their colours")
             if not unnamed:
-                if not is_rgb:  # tools that shrink PNG files put a palette in another order
-                    _say(
-                        f"{path.parent}: palettes are read by their colours, which labelmap.txt has"
-                    )
                 return mask
     if is_rgb and (labels[..., :3] == labels[..., :1]).all() and (labels[..., 3:] == 255).all():
         labels, kind = labels[..., 0], "L PNG"  # grey three times over, as OpenCV writes it
@@ -213,9 +204,6 @@ def to_tensor(image, size):
     return torch.from_numpy(array.transpose(2, 0, 1) if is_image else array)
 
 
-# --------------------------------------------------------------------------------- what a folder has
-
-
 def _read_lines(path):
     # utf-8-sig drops the byte-order mark that Windows editors put in front.
     try:
@@ -228,11 +216,9 @@ def _read_lines(path):
 def read_classes(root):
     """Return (names, palette, colors) of a data folder's classes, background first.
 
-    From `labelmap.txt` (lines `name:red,green,blue:...`, as CVAT writes it), else `classes.txt` or
-    labelme's `class_names.txt` (a name a line), else Roboflow's `_classes.csv`; a folder in VOC's
-    layout without any has VOC's 21 classes. labelme's `__ignore__` is void and no class.
-    palette: a list of [red, green, blue]; colors: what `load_mask` takes, or None.
-    Raises DataError.
+    From CVAT's `labelmap.txt`, else `classes.txt` or labelme's `class_names.txt` (a name a line;
+    `__ignore__` is void), else Roboflow's `_classes.csv`; a folder in VOC's layout without any has
+    VOC's 21. palette: a list of [red, green, blue]; colors: what `load_mask` takes, or None.
     """
     if (root / "labelmap.txt").exists():
         return _read_labelmap(root / "labelmap.txt")
@@ -300,7 +286,7 @@ def _by_name(folder, suffixes):
 
 
 def find_root(root):
-    """Return the folder of a data set, absolute: `root`, or the VOC in it. Raises DataError."""
+    """Return the folder of a data set, absolute: `root`, or the VOC in it."""
     root = Path(root).expanduser().resolve()
     if not root.is_dir():
         what = "is no folder" if root.exists() else "does not exist"
@@ -313,10 +299,7 @@ def find_root(root):
 
 
 def find_folders(root, split):
-    """Return the folders of a split's images and masks (one for both where Roboflow wrote it).
-
-    Raises DataError that says what was looked for and what was found.
-    """
+    """Return the folders of a split's images and masks (one for both where Roboflow wrote it)."""
     for name in (split, "valid" if split == "val" else ".", "."):
         if (root / name / ROBOFLOW).exists():
             return root / name, root / name
@@ -370,9 +353,8 @@ def split_names(root, split, image_folder, pairs):
     """Return the names of the images in a split: those that ImageSets/Segmentation/SPLIT.txt lists.
 
     Where a folder has neither train.txt nor val.txt, about a fifth of its images is for `val`, the
-    others for `train`: of those in default.txt, or else of all that have a mask. The side that an
-    image falls on depends on its own name alone, so it stays where it is when others are added.
-    Raises DataError.
+    others for `train`: of those in default.txt, or else of all that have a mask. An image's side
+    depends on its own name alone, so it stays where it is when others are added.
     """
     roboflow = (image_folder / ROBOFLOW).exists()
     if roboflow and image_folder != root:  # the split has a folder of its own
@@ -406,9 +388,6 @@ def split_names(root, split, image_folder, pairs):
     return chosen
 
 
-# ------------------------------------------------------------------------------------ the data sets
-
-
 class VOC(Dataset):
     """A split of a folder of images and masks; decoded and resized once, then kept as tensors.
 
@@ -418,8 +397,7 @@ class VOC(Dataset):
 
     Gives `(image, mask)`, uint8 (3, S, S) and (S, S); a list of indices gives a stacked batch.
     Mask values are class indices, or 255 for void. `images` and `masks` are the tensors of the
-    whole split; with `load=False` they are None until `load()` is called.
-    Raises DataError, naming the file, for whatever is missing or unreadable.
+    whole split; with `load=False` they are None until `load()` is called. Raises DataError.
     """
 
     def __init__(self, root, split="train", size=224, names=None, load=True):
@@ -447,7 +425,7 @@ class VOC(Dataset):
         for name, (images, masks) in zip(self.names, known):
             self.image_paths += images[:1] or [self.image_folder / f"{name}.jpg"]
             expected = mask_folder / f"{name}{'_mask' * roboflow}.png"
-            self.mask_paths += masks[:1] or [None if name in blank else expected]
+            self.mask_paths += masks[:1] or [None if images and blank else expected]
         self.images = self.masks = None
         if load:
             self.load()
@@ -493,7 +471,10 @@ class VOC(Dataset):
         if mask_path and not mask_path.exists():
             others = f"{path.stem}_mask.png or {path.name}.png"
             raise DataError(f"{mask_path}: {needed}; nor does {others}")
-        image, mask = load_image(path), self._load_mask(index)
+        image = load_image(path)
+        mask = Image.new("L", image.size)
+        if mask_path:
+            mask = load_mask(mask_path, len(self.classes), self.colors)
         if image.size != mask.size:
             raise DataError(
                 f"{mask_path}: is {mask.width}x{mask.height}, but its image is {image.width}x"
@@ -501,15 +482,9 @@ class VOC(Dataset):
             )
         return image, mask
 
-    def _load_mask(self, index):
-        path = self.mask_paths[index]
-        if path is None:
-            return Image.new("L", load_image(self.image_paths[index]).size)
-        return load_mask(path, len(self.classes), self.colors)
-
     def full_mask(self, index):
         """Return the mask at its image's own resolution, uint8 (H, W)."""
-        return torch.from_numpy(np.array(self._load_mask(index)))
+        return torch.from_numpy(np.array(self.read(index)[1]))
 
     def __len__(self):
         return len(self.names)
@@ -521,9 +496,8 @@ class VOC(Dataset):
 class Shapes(Dataset):
     """Drawn images of circles, squares, triangles and stars: real training with no download.
 
-    Size, place, angle, colour, background, overlap and noise vary; each class leans to a hue of
-    its own, so that a network learns it in a minute. The same `split`, `seed` and index always
-    give the same picture. Gives what `VOC` gives. Raises DataError for an unknown split.
+    Each class leans to a hue of its own, so that a network learns it in a minute. The same `split`,
+    `seed` and index always give the same picture. Gives what `VOC` gives.
     """
 
     def __init__(self, split="train", size=64, seed=0):
@@ -531,14 +505,12 @@ class Shapes(Dataset):
         if split not in splits:
             raise DataError(f"shapes has no split '{split}'; choose from {', '.join(splits)}")
         self.root, self.split, self.size = None, split, size
-        self.names = [f"{split}_{i}" for i in range(splits[split])]
+        count, stream = splits[split], list(splits).index(split)
+        self.names = [f"{split}_{i}" for i in range(count)]
         self.classes = ["background", "circle", "square", "triangle", "star"]
         self.palette = color_map(len(self.classes))
-        stream = list(splits).index(split)
-        pairs = [
-            draw_shapes(np.random.default_rng([seed, stream, index]), size)
-            for index in range(splits[split])
-        ]
+        seeds = [[seed, stream, index] for index in range(count)]
+        pairs = [draw_shapes(np.random.default_rng(each), size) for each in seeds]
         self.images = torch.stack([to_tensor(image, size) for image, _ in pairs])
         self.masks = torch.stack([to_tensor(mask, size) for _, mask in pairs])
 
@@ -583,8 +555,7 @@ def draw_shapes(rng, size):
 def load_dataset(name, split, size, names=None):
     """Return the data set that a script's --data names: `shapes`, `voc2007`, `voc2012` or a folder.
 
-    The VOCs are `data/VOCdevkit/VOC2007` or `VOC2012`, downloaded there first where missing.
-    names: the images of the split, where its lists are not to be asked; not for `shapes`.
+    VOC is data/VOCdevkit/VOC2007 or VOC2012, downloaded where missing. names: as for `VOC`.
     """
     if name == "shapes":
         return Shapes(split, size)
@@ -605,9 +576,8 @@ def download_voc(root, year, split):
     """Make sure that `root`/VOCdevkit/VOC`year` holds the split; return that folder.
 
     Only the archive that has the split is fetched (train, val and trainval share one, 2007's test
-    has its own), only where the split's list is missing, and its md5 is checked.
-    Of several processes, let one come first: the others then find the files there.
-    Raises DataError with the address, the md5 and the place to put the file by hand.
+    has its own), and only where the split's list is missing. Of several processes, let one come
+    first: the others then find the files there.
     """
     folder = Path(root, "VOCdevkit", f"VOC{year}")
     if (folder / "ImageSets" / "Segmentation" / f"{split}.txt").exists():
@@ -625,7 +595,16 @@ def download_voc(root, year, split):
     try:
         socket.setdefaulttimeout(TIMEOUT)  # else torchvision waits for a silent host for ever
         utils.download_url(source["url"], root, path.name, source["md5"])
-        unpack(path)
+        with tarfile.open(path) as tar:
+            # Its lists come last: where they are, an earlier unpacking came to its end.
+            members = sorted(tar, key=lambda member: "ImageSets" in member.name)
+            for member in members:
+                member.name = member.name.lstrip("/")
+                if ".." in member.name or not (member.isfile() or member.isdir()):
+                    raise tarfile.TarError(f"'{member.name}' in it is no file inside {root}")
+            # Python's own check on top, which Debian 12's 3.11.2 does not have.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(root, members)
     except (OSError, RuntimeError, HTTPException, tarfile.TarError) as error:
         raise DataError(
             f"{source['url']}: cannot be downloaded ({error}); fetch it by other means, save it "
@@ -634,25 +613,6 @@ def download_voc(root, year, split):
     finally:
         socket.setdefaulttimeout(timeout)
     return folder
-
-
-def unpack(archive):
-    """Unpack a tar archive where it lies; raises tarfile.TarError if a path leads out of there.
-
-    The lists of the splits come last: where they are, an earlier unpacking came to its end.
-    """
-    with tarfile.open(archive) as tar:
-        members = sorted(tar, key=lambda member: "ImageSets" in member.name)
-        for member in members:
-            member.name = member.name.lstrip("/")
-            if ".." in PurePosixPath(member.name).parts or not (member.isfile() or member.isdir()):
-                raise tarfile.TarError(f"'{member.name}' in it is no file inside {archive.parent}")
-        # Python's own check on top, which Debian 12's 3.11.2 does not have.
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)
-        tar.extractall(archive.parent, members)
-
-
-# ---------------------------------------------------------------------------- a batch of a step
 
 
 def epoch_order(dataset, batch_size, seed, epoch):
@@ -700,8 +660,7 @@ def normalize(images):
 def augment(images, masks, mode="affine", size=None):
     """Give each sample of a batch another random transform, the same one to its image and mask.
 
-    images: uint8 (N, 3, H, W); masks: uint8 (N, H, W); returns the like, on the same device, of
-    size x size pixels (default: the size given).
+    images: uint8 (N, 3, H, W); masks: uint8 (N, H, W); returns the like, of size x size pixels.
     Mode `flip` mirrors left-right and top-bottom, each for half of the samples (the paper's).
     Mode `affine` mirrors left-right alone, since photographs have an up, rotates by up to 15
     degrees, shears by up to 0.1, stretches by up to 1.2, and zooms by 0.8 to 2.6 to any place in
@@ -822,63 +781,40 @@ def class_weights(dataset, scheme):
     return weights.float()
 
 
-# ------------------------------------------------------------------------------------ the look-over
-
-
 def look_over(dataset):
-    """Read a whole data set and print what it has; return (errors, remarks), lists of lines.
-
-    Fills `dataset.masks`, uint8 (N, S, S). Remarks are for a data set without errors.
-    """
+    """Read all of a data set, fill in its `masks`, print what it has; return what is wrong, lines."""
     n, size, classes = len(dataset), dataset.size, dataset.classes
     dataset.masks = torch.full((n, size, size), VOID, dtype=torch.uint8)
-    counts, errors, turned = torch.zeros(n, 256, dtype=torch.int64), [], 0
+    full, errors, turned = torch.zeros(n, 256, dtype=torch.int64), [], 0
     for index in range(n):
         try:
             image, mask = dataset.read(index)
         except DataError as error:
             errors.append(str(error))
             continue
-        counts[index] = torch.tensor(mask.histogram())  # at full size
+        full[index] = torch.tensor(mask.histogram())
         dataset.masks[index] = to_tensor(mask, size)
         with Image.open(dataset.image_paths[index]) as file:
             turned += file.getexif().get(0x0112, 1) > 1 and file.size == image.size
-    print(f"{dataset.root}: split {dataset.split}, {n} images")
+    print(f"\n{dataset.root}: split {dataset.split}, {n} images, at {size}x{size}")
     if errors:
-        return errors, []
+        return errors
     require_labels(dataset)
-    share, void = counts[:, 0].sum() / counts[:, :VOID].sum(), counts[:, VOID].sum() / counts.sum()
-    print(f"class 0 is {classes[0]}: {share:.1%} of what has a label; void: {void:.1%} of all")
-    remarks = []
-    for c, (name, small) in enumerate(zip(classes, class_counts(dataset).T)):
-        shown = counts[:, c] > 0
-        lost = shown & (small == 0)
-        if not shown.any():
-            remarks.append(f"no pixel of class {name}")
-        if lost.any():
-            where = f"at {size}x{size} {name} vanishes from {lost.sum()} of {shown.sum()} images"
-            remarks.append(f"{where}; a larger --size keeps more")
+    counts = class_counts(dataset)
+    print(f"{'class':<16}{'images':>8}{'% pixels':>10}")
+    for name, pixels, before in zip(classes, counts.T, full.T):
+        few = ((before > 0) & (pixels == 0)).sum()
+        remark = f"  vanishes from {few} of {(before > 0).sum()}: a larger --size keeps more"
+        share = 100 * pixels.sum() / counts.sum()
+        print(f"{name:<16}{(pixels > 0).sum():>8}{share:>10.3f}{remark if few else ''}")
+    print(f"void: {(dataset.masks == VOID).float().mean():.1%} of all pixels")
     if not is_background(classes[0]):
-        remarks.append(f"class 0 is {classes[0]}; if 0 is background, list it as the first class")
+        print(f"class 0 is {classes[0]}; if 0 is background, list it as the first class")
     if turned:
-        where = f"EXIF data turn or mirror {turned} images, whose size tells nothing"
-        remarks.append(f"{where}: were their masks drawn in a program that heeds EXIF data, too?")
-    return errors, remarks
-
-
-def print_table(sets):
-    """Print each class's images and share of pixels in each set, and its weights by the first."""
-    schemes = ("inverse", "median", "enet")
-    columns = [f"{dataset.split + ' images':>16}{'% pixels':>10}" for dataset in sets]
-    print(f"\n{'class':<16}", *columns, *(f"{scheme:>10}" for scheme in schemes), sep="")
-    counts = [class_counts(dataset) for dataset in sets]
-    weights = torch.stack([class_weights(sets[0], scheme) for scheme in schemes], dim=1)
-    for c, name in enumerate(sets[0].classes):
-        cells = [
-            f"{(pixels[:, c] > 0).sum():>16}{100 * pixels[:, c].sum() / pixels.sum():>10.3f}"
-            for pixels in counts
-        ]
-        print(f"{name:<16}", *cells, *(f"{weight:>10.3f}" for weight in weights[c]), sep="")
+        print(
+            f"EXIF data turn or mirror {turned} images, whose size does not tell: do their masks fit?"
+        )
+    return errors
 
 
 def main(argv=None):
@@ -892,33 +828,25 @@ def main(argv=None):
     add("--splits", nargs="+", default=["train", "val"], metavar="NAME", help=how)
     add("--size", type=size, default=224, help="pixels are counted at this size; default: 224")
     args = parser.parse_args(argv)
-    sets, errors, remarks = [], [], []
+    sets, errors = [], []
     for split in args.splits:
+        root = args.data
+        if root in ("voc2007", "voc2012"):
+            root = download_voc("data", root.removeprefix("voc"), split)
         try:
-            root = args.data
-            if root in ("voc2007", "voc2012"):
-                root = download_voc("data", root.removeprefix("voc"), split)
             sets.append(VOC(root, split, args.size, load=False))
-            found = look_over(sets[-1])
+            errors += [f"{split}: {line}" for line in look_over(sets[-1])]
         except DataError as error:
-            found = [str(error)], []
-        errors += [f"{split}: {line}" for line in found[0]]
-        remarks += [f"{split}: {line}" for line in found[1]]
+            errors.append(f"{split}: {error}")
     used = [path for dataset in sets for path in dataset.image_paths]
-    twice = len(used) - len(set(used))
-    if twice:
-        remarks.append(f"{twice} images are in more than one split: their scores will flatter")
     unused = {files[0] for dataset in sets for files, _ in dataset.pairs.values()} - set(used)
-    if unused:
-        remarks.append(f"{len(unused)} images are in none of these splits, such as {min(unused)}")
-    if not errors:
-        print_table(sets)
-    for kind, lines in (("worth knowing", remarks), ("to mend before training", errors)):
-        if lines:
-            print(f"\n{kind} ({len(lines)}):\n  " + "\n  ".join(lines))
-    if not errors:
-        print("\nnothing that training would refuse")
-    return 1 if errors else 0
+    print(f"\n{len(used) - len(set(used))} images are in more than one of these splits", end=", ")
+    print(f"{len(unused)} of the folder in none")
+    if errors:
+        print(f"\nto mend before training ({len(errors)}):", *errors, sep="\n  ")
+        return 1
+    print("nothing that training would refuse")
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@
 By default each prediction is brought to its image's own resolution and void is left out, which is
 the rule of the VOC challenge. One confusion matrix is summed over the whole split.
 
-A checkpoint's scores and figures go to scores/SPLIT beside it (scores/SPLIT-paper, -tta with these
-flags), several checkpoints' to comparison/. Where that holds other scores, its name is numbered:
-only the same evaluation overwrites its own files.
+A checkpoint's scores and figures go to scores/ beside it, into a folder whose name has the split and
+the flags: only the same evaluation overwrites it. Several checkpoints' go to comparison/, numbered.
 """
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -54,39 +54,66 @@ def describe(path, checkpoint, args):
     protocol = "own resolution, void ignored"
     if args.void_as_background:
         protocol = f"{size}x{size}, void as background"
-    if args.tta:
-        protocol += ", mirrored images averaged"
     source = args.data or checkpoint.get("data", "voc2007")
     return {
         "checkpoint": str(path.resolve()),
         "data": str(Path(source).resolve()) if Path(source).is_dir() else source,
         "split": args.split or checkpoint.get("args", {}).get("val_split", "val"),
         "size": size,
-        "protocol": protocol,
+        "protocol": protocol + ", mirrored images averaged" * args.tta,
     }
+
+
+def folder_name(about, args):
+    """Return a name for the folder of an evaluation's scores, which no other of the run's has."""
+    file = Path(about["checkpoint"]).name
+    parts = {
+        about["split"]: True,
+        "paper": args.void_as_background,
+        "tta": args.tta,
+        f"{about['size']}": args.size,
+        file: file != "best.pt",
+        re.sub(r"\W+", "_", about["data"]).strip("_"): args.data,
+    }
+    return "-".join(part for part, given in parts.items() if given)
+
+
+def holds_others(folder, evaluations):
+    """Return whether a folder has a metrics.json of anything but these evaluations."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        return False
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = [stored] if "checkpoint" in stored else stored.values()
+        return [{key: each.get(key) for key in evaluations[0]} for each in stored] != evaluations
+    except (ValueError, AttributeError):  # another program's file
+        return True
 
 
 def load_split(path, checkpoint, about, args):
     """Return the data set to score on. Raises UserError where it is gone, or of other classes."""
-    source, names = about["data"], None
-    own_data = not args.data
-    if own_data and source not in ("shapes", "voc2007", "voc2012") and not Path(source).is_dir():
-        raise utils.UserError(f"{path}: was trained on {source}, which is not there; give --data")
-    if own_data and about["split"] == checkpoint.get("args", {}).get("val_split"):
-        names = checkpoint.get("images", {}).get("val")  # the folder's lists may have changed
-    dataset = data.load_dataset(source, about["split"], about["size"], names)
+    source, split, names = about["data"], about["split"], None
+    if not args.data:
+        if source not in ("shapes", "voc2007", "voc2012") and not Path(source).is_dir():
+            raise utils.UserError(
+                f"{path}: was trained on {source}, which is not there; give --data"
+            )
+        if split == checkpoint.get("args", {}).get("val_split"):
+            names = checkpoint.get("images", {}).get("val")  # the folder's lists may have changed
+    dataset = data.load_dataset(source, split, about["size"], names)
     own, found = checkpoint["classes"], list(dataset.classes)
     if own != found:
         raise utils.UserError(
-            f"{path}: was trained on {len(own)} classes ({', '.join(own[:3])}, ...), but the data "
+            f"{path}: was trained on {len(own)} classes ({', '.join(own[:3])}, ...), but {source} "
             f"has {len(found)} ({', '.join(found[:3])}, ...); give the --data it was trained on"
         )
-    for name in args.images or ():
-        if name not in dataset.names:
-            raise utils.UserError(
-                f"--images: split {about['split']} has no image '{name}'; it has "
-                f"{', '.join(dataset.names[:4])}, ..."
-            )
+    unknown = [name for name in args.images or () if name not in dataset.names]
+    if unknown:
+        some = ", ".join(dataset.names[:4])
+        raise utils.UserError(
+            f"--images: split {split} has no image '{unknown[0]}'; it has {some}, ..."
+        )
     return dataset
 
 
@@ -124,16 +151,13 @@ def score_checkpoint(path, out, args, device):
     seconds = time.perf_counter() - started
     cm = matrices.sum(0)
     if cm.sum() == 0:
-        raise utils.UserError(
-            f"{about['data']}: split {about['split']} is void throughout: nothing can be scored"
-        )
+        where = f"{about['data']}: split {about['split']}"
+        raise utils.UserError(f"{where} is void throughout: nothing can be scored")
     values = [None if math.isnan(value) else value for value in utils.iou(cm).tolist()]
     trained_on = set(checkpoint.get("images", {}).get("train", ())) & set(dataset.names)
     if trained_on:
-        print(
-            f"{path}: was trained on {len(trained_on)} of these {len(dataset)} images, going by their "
-            "names: its scores say little about images that it has not seen"
-        )
+        some = f"{len(trained_on)} of these {len(dataset)} images"
+        print(f"{path}: was trained on {some}, by their names: it knows them, and others less well")
     metrics = {
         "mean_iou": utils.mean_iou(cm),
         "pixel_accuracy": utils.pixel_accuracy(cm),
@@ -149,23 +173,6 @@ def score_checkpoint(path, out, args, device):
         "images_per_second": len(dataset) / max(seconds, 1e-9),
     }
     return metrics, matrices, model, dataset
-
-
-def other_scores(folder, evaluations):
-    """Return words on the scores that a folder holds where they are not those of `evaluations`.
-
-    evaluations: what `describe` says of each checkpoint. Returns None where there are none.
-    """
-    file = folder / "metrics.json"
-    if not file.exists():
-        return None
-    try:
-        scores = json.loads(file.read_text(encoding="utf-8"))
-        scores = [scores] if "iou" in scores else list(scores.values())
-        held = [{key: score.get(key) for key in evaluations[0]} for score in scores]
-    except (ValueError, TypeError, AttributeError):  # is no file of this script
-        held = None
-    return None if held == evaluations else f"{file}: holds the scores of another evaluation"
 
 
 def draw(out, metrics, matrices, model, dataset, args, device):
@@ -223,15 +230,10 @@ def draw_class_iou(path, values, title):
 
 def format_scores(metrics):
     """Return the scores as lines of text, a class a line."""
-    lines = [f"{'class':<16}{'IoU':>8}"]
-    for name, value in metrics["iou"].items():
-        lines.append(f"{name:<16}" + ("       -" if value is None else f"{value:8.4f}"))
-    lines += [
-        "",
-        f"{'mean IoU':<24}{metrics['mean_iou']:.6f}",
-        f"{'pixel accuracy':<24}{metrics['pixel_accuracy']:.6f}",
-        f"{'frequency-weighted IoU':<24}{metrics['frequency_weighted_iou']:.6f}",
-    ]
+    values = {name: math.nan if iou is None else iou for name, iou in metrics["iou"].items()}
+    lines = [f"{name:<16}{value:8.4f}" for name, value in values.items()]
+    for key in ("mean_iou", "pixel_accuracy", "frequency_weighted_iou"):
+        lines.append(f"{key.replace('_', ' '):<24}{metrics[key]:.6f}")
     return "\n".join(lines)
 
 
@@ -260,20 +262,14 @@ def format_comparison(results):
     return "\n".join(lines)
 
 
-def short_names(paths):
-    """Return a name for each checkpoint: its run's folder, or as much of the path as tells it apart."""
-    for parts in range(1, 100):
-        names = ["/".join(path.with_suffix("").parts[-parts:]) for path in paths]
-        names = [name.removesuffix("/best") for name in names]
-        if len(set(names)) == len(set(paths)) and "best" not in names:
-            return names
-    return [str(path) for path in paths]
-
-
 def compare(paths, out, args, device):
     """Score several checkpoints; print their table, write metrics.json and the figures."""
     results, rows, histories = {}, {}, {}
-    for name, path in zip(short_names(paths), paths):
+    full = [path.resolve() for path in paths]
+    names = [f"{path.parent.name}/{path.stem}".removesuffix("/best") for path in full]
+    if len(set(names)) < len(set(full)):
+        names = list(map(str, paths))
+    for name, path in zip(names, paths):
         print(f"{path} ...", flush=True)
         results[name], _, model, dataset = score_checkpoint(path, out, args, device)
         if not rows:  # the first checkpoint's images and size are what the figure shows
@@ -308,12 +304,14 @@ def main(argv=None):
     device = utils.select_device(args.device)
     # All are read first, so that a wrong name among them is found before the first is scored.
     evaluations = [describe(path, utils.load_checkpoint(path), args) for path in paths]
-    path, split = paths[0], evaluations[0]["split"]
-    name = split + "-paper" * args.void_as_background + "-tta" * args.tta
-    folder = path.parent / "scores" / name if len(paths) == 1 else Path("comparison")
-    out = utils.free_folder(args.out, folder, lambda f: other_scores(f, evaluations))
+    if args.out and holds_others(args.out, evaluations):
+        raise utils.UserError(f"{args.out}: holds other scores; choose another --out")
     if len(paths) > 1:
-        return compare(paths, out, args, device)
+        folders = utils.numbered(Path("comparison"))
+        free = (folder for folder in folders if not holds_others(folder, evaluations))
+        return compare(paths, args.out or next(free), args, device)
+    path = paths[0]
+    out = args.out or path.parent / "scores" / folder_name(evaluations[0], args)
     metrics, matrices, model, dataset = score_checkpoint(path, out, args, device)
     print(f"{path}: {metrics['model']}, epoch {metrics['epoch']}")
     print(f"{len(dataset)} images of split {metrics['split']} of {metrics['data']}")

@@ -26,8 +26,6 @@ import data
 import models
 import utils
 
-# ------------------------------------------------------------------------- the loss and the step
-
 
 def criterion(logits, masks, weights):
     """Return the loss, a scalar: the mean cross-entropy of the labelled pixels, weighted by class.
@@ -51,7 +49,7 @@ def pixel_weight(masks, weights):
 def train_one_epoch(run, epoch):
     """Take the steps of an epoch that are left. Nothing in a step waits for the GPU."""
     args, steps = run.args, len(run.train_set) // run.batch_size
-    rates = learning_rates(args, epoch, steps)
+    rates = utils.learning_rates(args, epoch, steps)
     order = data.epoch_order(run.train_set, run.batch_size, args.seed, epoch)
     order = order[run.step :]  # all of it, unless the run was stopped within the epoch
     label = f"epoch {epoch}/{args.epochs}"
@@ -90,35 +88,6 @@ def share_of_batch(run, masks):
     return run.processes * own / total.clamp(min=1e-9)
 
 
-def learning_rates(args, epoch, steps):
-    """Return the learning rate of each of an epoch's steps: --lr, or cosine annealing to 0.
-
-    Where the images grow, annealing starts anew with each size, from a rate that is lower by as
-    much as they are larger.
-    """
-    if not args.cosine:
-        return [args.lr] * steps
-    sizes = [image_size(args, number) for number in range(1, args.epochs + 1)]
-    size = sizes[epoch - 1]
-    before = (epoch - 1 - sizes.index(size)) * steps  # since annealing last started
-    in_all = sizes.count(size) * steps
-    shares = [(1 + math.cos(math.pi * (before + step) / in_all)) / 2 for step in range(steps)]
-    return [args.lr * (share * sizes[0] / size) for share in shares]
-
-
-# With --progressive: up to the 20th of 32 parts of the epochs images have a quarter of --size, and
-# so on. Steps are cheap on small images.
-GROWTH = ((20, 4), (31, 2), (32, 1))
-
-
-def image_size(args, epoch):
-    """Return the side of the images in an epoch, counted from 1; a multiple of 32 while they grow."""
-    if not args.progressive:
-        return args.size
-    divisor = next(divisor for part, divisor in GROWTH if 32 * epoch <= part * args.epochs)
-    return min(args.size, max(64, 32 * math.ceil(args.size / divisor / 32)))
-
-
 @torch.inference_mode()
 def validate(run):
     """Score the average on the validation set, void left out; return (loss, confusion matrix).
@@ -146,9 +115,6 @@ def validate(run):
         distributed.all_reduce(cm)
         distributed.all_reduce(sums)
     return (sums[0] / sums[1].clamp(min=1e-9)).item(), cm
-
-
-# -------------------------------------------------------------------------------------- the run
 
 
 SAVE_EVERY = 60  # seconds between two last.pt; on a GPU an epoch may be shorter than the writing
@@ -192,7 +158,7 @@ def fit(run):
     args, saved = run.args, -math.inf
     while len(run.history) < args.epochs:
         epoch, taken = len(run.history) + 1, run.step
-        size = max(run.val_set.size, image_size(args, epoch))
+        size = max(run.val_set.size, utils.image_size(args, epoch))
         if size > run.val_set.size:
             print(f"images of {size}x{size} from here on", flush=True)
             sets = load_sets(args, run.device, size, run.images())
@@ -212,7 +178,7 @@ def fit(run):
             )
         row = {
             "epoch": epoch,
-            "lr": learning_rates(args, epoch, run.step)[0],
+            "lr": utils.learning_rates(args, epoch, run.step)[0],
             "train_loss": run.loss / run.step,
             "val_loss": val_loss,
             "val_mean_iou": utils.mean_iou(cm),
@@ -239,7 +205,7 @@ def report(run, cm):
     """Print an epoch's line; say so where the network names no more than one class."""
     row, epochs = run.history[-1], run.args.epochs
     later = range(row["epoch"] + 1, epochs + 1)
-    left = sum((image_size(run.args, epoch) / row["size"]) ** 2 for epoch in later)
+    left = sum((utils.image_size(run.args, epoch) / row["size"]) ** 2 for epoch in later)
     predicted = cm.sum(0).nonzero().flatten().tolist()
     print(
         f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.1e}  loss {row['train_loss']:.3f}  "
@@ -251,9 +217,6 @@ def report(run, cm):
     )
     if len(predicted) == 1:
         print(f"  so far every pixel is labelled {run.val_set.classes[predicted[0]]}: train on")
-
-
-# ----------------------------------------------------------------------- what a run leaves behind
 
 
 def save(run, last=True):
@@ -336,9 +299,6 @@ def finish(run):
     )
 
 
-# ----------------------------------------------------------------------------- setting a run up
-
-
 def load_sets(args, device, size, images=None):
     """Return (training set, validation set, the classes' weights in the loss, float32 (C,)).
 
@@ -346,11 +306,11 @@ def load_sets(args, device, size, images=None):
     they fill no more than a quarter of.
     """
     # Affine augmentation zooms in, so it is given images of twice the size.
-    sides = {"train": size * (2 if args.augment == "affine" else 1), "val": size}
-    splits = {"train": args.train_split, "val": args.val_split}
+    side = size * (2 if args.augment == "affine" else 1)
+    names = images or {"train": None, "val": None}
     sets = [
-        data.load_dataset(args.data, splits[part], sides[part], (images or {}).get(part))
-        for part in splits
+        data.load_dataset(args.data, args.train_split, side, names["train"]),
+        data.load_dataset(args.data, args.val_split, size, names["val"]),
     ]
     for dataset in sets:
         data.require_labels(dataset)
@@ -403,7 +363,7 @@ def settle(args, device):
     chosen = {name: value for name, value in follows.items() if getattr(args, name) is None}
     vars(args).update(chosen)
     if args.progressive:
-        sides = sorted({image_size(args, epoch) for epoch in range(1, args.epochs + 1)})
+        sides = sorted({utils.image_size(args, epoch) for epoch in range(1, args.epochs + 1)})
         flags = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()]
         print(
             f"images grow ({', '.join(map(str, sides))}), because of --augment or --progressive: "
@@ -418,7 +378,7 @@ def set_up(args, resumed, device, rank=0, processes=1):
     settle(args, device)
     # The images never shrink, not even where a run that ended goes on for more epochs.
     history = resumed["history"] if resumed else []
-    size = image_size(args, min(len(history) + 1, args.epochs))
+    size = utils.image_size(args, min(len(history) + 1, args.epochs))
     size = max([size] + [row["size"] for row in history])
     with utils.first_process_first():  # it downloads what is missing
         sets = load_sets(args, device, size, resumed and resumed.get("images"))

@@ -24,6 +24,9 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+if sys.version_info < (3, 10):  # noqa: UP036, said in one line to whoever has an older one
+    sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
+
 # Colours that colour-blind readers tell apart (Okabe and Ito 2008, Color Universal Design).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 VOID_COLOR = (224, 224, 192)  # VOC's, for the pixels that an annotator left out
@@ -252,6 +255,35 @@ def initialize(model, scheme):
                 nn.init.zeros_(module.bias)
 
 
+# With --progressive: up to the 20th of 32 parts of the epochs images have a quarter of --size, and
+# so on. Steps are cheap on small images.
+GROWTH = ((20, 4), (31, 2), (32, 1))
+
+
+def image_size(args, epoch):
+    """Return the side of the images in an epoch, counted from 1; a multiple of 32 while they grow."""
+    if not args.progressive:
+        return args.size
+    divisor = next(divisor for part, divisor in GROWTH if 32 * epoch <= part * args.epochs)
+    return min(args.size, max(64, 32 * math.ceil(args.size / divisor / 32)))
+
+
+def learning_rates(args, epoch, steps):
+    """Return the learning rate of each of an epoch's steps: --lr, or cosine annealing to 0.
+
+    Where the images grow, annealing starts anew with each size, from a rate that is lower by as
+    much as they are larger.
+    """
+    if not args.cosine:
+        return [args.lr] * steps
+    sizes = [image_size(args, number) for number in range(1, args.epochs + 1)]
+    size = sizes[epoch - 1]
+    before = (epoch - 1 - sizes.index(size)) * steps  # since annealing last started
+    in_all = sizes.count(size) * steps
+    shares = [(1 + math.cos(math.pi * (before + step) / in_all)) / 2 for step in range(steps)]
+    return [args.lr * (share * sizes[0] / size) for share in shares]
+
+
 def update_average(average, model, steps, decay):
     """Move the averages of a model's weights, and of its batch norms' statistics, towards the latest.
 
@@ -274,7 +306,8 @@ def confusion_matrix(pred, mask, num_classes):
     matrices of a whole split, then score: a mean of per-batch scores depends on the batch size.
     Raises ValueError for a label outside the classes, on a void pixel too.
     """
-    if pred.device.type == "mps":  # where bincount is slow, and fails in some versions of PyTorch
+    device = pred.device
+    if device.type == "mps":  # where bincount is slow, and fails in some versions of PyTorch
         pred, mask = pred.cpu(), mask.cpu()
     in_range = (
         0 <= pred.min() and pred.max() < num_classes and 0 <= mask.min() and mask.max() <= 255
@@ -286,7 +319,7 @@ def confusion_matrix(pred, mask, num_classes):
         counts = torch.bincount(pairs.flatten(), minlength=256 * num_classes).view(256, -1)
     if not in_range or counts[num_classes:255].any():
         raise ValueError(f"a label is outside the {num_classes} classes")
-    return counts[:num_classes]
+    return counts[:num_classes].to(device)
 
 
 def iou(cm):

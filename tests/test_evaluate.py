@@ -185,9 +185,9 @@ def test_images_of_another_size_than_in_training(colors):
     write_run(Path("run/best.pt"), write_data(Path("own"), train=TRAIN, val=VAL))
     call(evaluate, "run", "--size", 96)
     assert set(Colors.sizes) == {(96, 96)}
-    assert read_scores("run/scores/val")["size"] == 96
+    assert read_scores("run/scores/val-96")["size"] == 96
     call(evaluate, "run", "--size", 96, "--void-as-background")
-    assert read_scores("run/scores/val-paper")["protocol"] == "96x96, void as background"
+    assert read_scores("run/scores/val-paper-96")["protocol"] == "96x96, void as background"
 
 
 def test_a_split_that_is_void_throughout_is_said_to_be(colors):
@@ -282,8 +282,9 @@ def test_no_evaluation_overwrites_another_ones_scores(colors):
         "test": ("--split", "test"),
         "val-paper": ("--void-as-background",),
         "val-tta": ("--tta",),
-        "val-2": ("--data", other),
-        "val-3": ("--size", 64),
+        "val-" + "_".join(other.parts[1:]).replace("-", "_"): ("--data", other),
+        "val-64": ("--size", 64),
+        "val-paper-tta-64": ("--size", 64, "--tta", "--void-as-background"),
     }
     for folder, flags in commands.items():
         before = {file: file.read_bytes() for file in scores.rglob("*.json")}
@@ -291,18 +292,21 @@ def test_no_evaluation_overwrites_another_ones_scores(colors):
         assert (scores / folder / "metrics.json").exists()
         assert all(file.read_bytes() == text for file, text in before.items())
     call(evaluate, "run/last.pt")
-    assert read_scores(scores / "val-4")["checkpoint"].endswith("last.pt")
+    assert read_scores(scores / "val-last.pt")["checkpoint"].endswith("last.pt")
     call(evaluate, "run")  # the very same may be done again
-    assert sorted(path.name for path in scores.iterdir()) == sorted([*commands, "val-4"])
+    assert sorted(path.name for path in scores.iterdir()) == sorted([*commands, "val-last.pt"])
 
     before = (scores / "test/metrics.json").read_text()
-    with pytest.raises(utils.UserError, match="metrics.json: holds the scores of another.*--out"):
-        call(evaluate, "run", "--out", scores / "test")
+    for paths in (("run",), ("run", "run/last.pt")):
+        with pytest.raises(utils.UserError, match="scores/test: holds other scores; .*--out"):
+            call(evaluate, *paths, "--out", scores / "test")
     assert (scores / "test/metrics.json").read_text() == before
-    Path("foreign").mkdir()
-    Path("foreign/metrics.json").write_text("[1, 2]")
-    with pytest.raises(utils.UserError, match="foreign/metrics.json: holds the scores of another"):
-        call(evaluate, "run", "--out", "foreign")
+    call(evaluate, "run", "--split", "test", "--out", scores / "test")
+    Path("notes").mkdir()
+    for text in ("not JSON", "[1, 2]", '{"a": 1}'):
+        Path("notes/metrics.json").write_text(text)
+        with pytest.raises(utils.UserError, match="notes: holds other scores"):
+            call(evaluate, "run", "--out", "notes")
 
 
 # ------------------------------------------------------------------------------------- several runs
@@ -361,12 +365,11 @@ def test_a_comparison_of_other_runs_gets_a_folder_of_its_own(colors):
     root = write_data(Path("own"), train=TRAIN, val=VAL)
     for name in ("one", "two", "three"):
         write_run(Path(f"{name}/best.pt"), root)
-    call(evaluate, "one", "two")
-    call(evaluate, "one", "three")
-    call(evaluate, "one", "two")
-    assert list(read_scores("comparison")) == ["one", "two"]
-    assert list(read_scores("comparison-2")) == ["one", "three"]
-    assert not Path("comparison-3").exists()
+    for others in ("two", "three", "two"):
+        call(evaluate, "one", others)
+    for folder, others in (("comparison", "two"), ("comparison-2", "three")):
+        assert list(read_scores(folder)) == ["one", others]
+    assert not Path("comparison-3").exists()  # the very same may be done again
 
 
 def test_the_comparisons_table_tells_by_flags_how_runs_differ():
@@ -386,6 +389,16 @@ def test_the_comparisons_table_tells_by_flags_how_runs_differ():
         "--ema 0.99 --seed 1",
         "--class-weights a_b --ema 0 --seed 0",
     ]
+
+
+def test_runs_of_one_name_are_compared_by_their_paths(colors):
+    root = write_data(Path("own"), train=TRAIN, val=VAL)
+    for path in ("a/run/best.pt", "b/run/best.pt", "b/run/last.pt"):
+        write_run(Path(path), root)
+    call(evaluate, "a/run", "b/run/last.pt")
+    assert list(read_scores("comparison")) == ["run", "run/last"]
+    call(evaluate, "a/run", "b/run", "b/run/last.pt")
+    assert list(read_scores("comparison-2")) == ["a/run/best.pt", "b/run/best.pt", "b/run/last.pt"]
 
 
 @pytest.fixture

@@ -65,9 +65,15 @@ def test_labels_are_counted_on_the_cpu_where_the_gpu_is_apples(monkeypatch):
             asked.append(self.tolist())
             return torch.tensor(self.tolist())
 
+    moved, to = [], torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda t, d, *a: (moved.append(d), t)[1] if str(d) == "mps" else to(t, d, *a),
+    )
     pred, mask = (torch.tensor(labels).as_subclass(OnApples) for labels in ([0, 1, 1], [0, 1, 0]))
     assert utils.confusion_matrix(pred, mask, 2).tolist() == [[1, 1], [0, 1]]
-    assert asked == [[0, 1, 1], [0, 1, 0]]
+    assert asked == [[0, 1, 1], [0, 1, 0]] and moved == [torch.device("mps")]
 
 
 def test_scores_by_hand():
