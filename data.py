@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 TIMEOUT = 30  # seconds for which a download waits for a silent host
+NAMES = ("shapes", "voc2007", "voc2012")  # data that is drawn, or downloaded
 VOID = 255  # the mask value that counts neither in the loss nor in a score
 VOID_COLOR = (224, 224, 192)  # VOC's, for void in masks that are coloured instead of indexed
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -262,7 +263,14 @@ def _read_labelmap(path):
 
 def is_background(name):
     """Return whether a class's name says that it is what is left when all else is labelled."""
-    return any(word in name.lower() for word in ("background", "void", "unlabel", "sky", "other"))
+    return name.lower().strip("_ ") in (
+        "background",
+        "void",
+        "unlabeled",
+        "unlabelled",
+        "sky",
+        "other",
+    )
 
 
 def image_files(folder, suffixes=IMAGE_SUFFIXES, pattern="*"):
@@ -368,13 +376,15 @@ def split_names(root, split, image_folder, pairs):
         return names
     if split not in ("train", "val") or "train" in lists or "val" in lists:
         found = f"; beside it lie {', '.join(lists)}" if lists else ""
+        if root.name in ("VOC2007", "VOC2012"):
+            found += f"; --data {root.name.lower()} downloads VOC's own"
         path = folder / f"{split}.txt"
         raise DataError(f"{path}: does not exist; it should list the split's images{found}")
     if "default" in lists:
         names = _read_names(lists["default"], image_folder, pairs)
     else:
         names = [name for name in pairs if pairs[name][1] or roboflow]
-    hashes = {hashlib.sha256(name.encode()).hexdigest(): name for name in names}
+    hashes = {hashlib.sha256(os.fsencode(name)).hexdigest(): name for name in names}
     order = sorted(hashes)
     if len(order) < 2:
         raise DataError(f"{root}: has {len(order)} labelled images; training needs 2 at least")
@@ -424,7 +434,7 @@ class VOC(Dataset):
         self.image_paths, self.mask_paths = [], []  # which need not exist; None for a blank mask
         for name, (images, masks) in zip(self.names, known):
             self.image_paths += images[:1] or [self.image_folder / f"{name}.jpg"]
-            expected = mask_folder / f"{name}{'_mask' * roboflow}.png"
+            expected = mask_folder / f"{name}{'_mask' if roboflow else ''}.png"
             self.mask_paths += masks[:1] or [None if images and blank else expected]
         self.images = self.masks = None
         if load:
@@ -557,9 +567,9 @@ def load_dataset(name, split, size, names=None):
 
     VOC is data/VOCdevkit/VOC2007 or VOC2012, downloaded where missing. names: as for `VOC`.
     """
-    if name == "shapes":
+    if name == NAMES[0]:
         return Shapes(split, size)
-    if name in ("voc2007", "voc2012"):
+    if name in NAMES:
         name = download_voc("data", name.removeprefix("voc"), split)
     return VOC(name, split, size, names)
 
@@ -737,17 +747,20 @@ def class_counts(dataset):
     return torch.stack(counts)[:, : len(dataset.classes)]
 
 
-def require_labels(dataset):
-    """Raise DataError where the masks of a data set have nothing that a network could learn."""
+def require_labels(dataset, learns=True):
+    """Raise DataError where masks have nothing that a network could learn, or be scored by."""
     where = f"{dataset.root}: split {dataset.split}"
     counts = class_counts(dataset).sum(0)
     if not counts.any():
         raise DataError(f"{where} has no pixel with a label: its masks are all void ({VOID})")
-    if not counts[1:].any() and (dataset.split == "train" or (dataset.masks == VOID).any()):
+    if not counts[1:].any() and (learns or (dataset.masks == VOID).any()):
         raise DataError(
             f"{where}: the masks have nothing but {dataset.classes[0]} (0) and void ({VOID}) "
             f"at {dataset.size}x{dataset.size}; if {VOID} marks an object in them, save it as 1"
         )
+
+
+SCHEMES = ("inverse", "median", "enet")
 
 
 def class_weights(dataset, scheme):
@@ -775,7 +788,7 @@ def class_weights(dataset, scheme):
     elif scheme == "enet":
         weights = 1 / torch.log(1.02 + share)
     else:
-        raise ValueError(f"no scheme is called '{scheme}'; choose from inverse, median, enet")
+        raise ValueError(f"no scheme is called '{scheme}'; choose from {', '.join(SCHEMES)}")
     if scheme != "enet":
         weights[pixels == 0] = 1
     return weights.float()
@@ -799,7 +812,7 @@ def look_over(dataset):
     print(f"\n{dataset.root}: split {dataset.split}, {n} images, at {size}x{size}")
     if errors:
         return errors
-    require_labels(dataset)
+    require_labels(dataset, learns=dataset.split == "train")
     counts = class_counts(dataset)
     print(f"{'class':<16}{'images':>8}{'% pixels':>10}")
     for name, pixels, before in zip(classes, counts.T, full.T):
@@ -831,7 +844,7 @@ def main(argv=None):
     sets, errors = [], []
     for split in args.splits:
         root = args.data
-        if root in ("voc2007", "voc2012"):
+        if root in NAMES[1:]:
             root = download_voc("data", root.removeprefix("voc"), split)
         try:
             sets.append(VOC(root, split, args.size, load=False))

@@ -57,25 +57,25 @@ def describe(path, checkpoint, args):
     source = args.data or checkpoint.get("data", "voc2007")
     return {
         "checkpoint": str(path.resolve()),
-        "data": str(Path(source).resolve()) if Path(source).is_dir() else source,
+        "data": source if source in data.NAMES else str(Path(source).resolve()),
         "split": args.split or checkpoint.get("args", {}).get("val_split", "val"),
         "size": size,
-        "protocol": protocol + ", mirrored images averaged" * args.tta,
+        "protocol": protocol + (", mirrored images averaged" if args.tta else ""),
     }
 
 
 def folder_name(about, args):
     """Return a name for the folder of an evaluation's scores, which no other of the run's has."""
     file = Path(about["checkpoint"]).name
-    parts = {
-        about["split"]: True,
-        "paper": args.void_as_background,
-        "tta": args.tta,
-        f"{about['size']}": args.size,
-        file: file != "best.pt",
-        re.sub(r"\W+", "_", about["data"]).strip("_"): args.data,
-    }
-    return "-".join(part for part, given in parts.items() if given)
+    parts = [
+        (about["split"], True),
+        ("paper", args.void_as_background),
+        ("tta", args.tta),
+        (f"{about['size']}", args.size),
+        (file, file != "best.pt"),
+        (re.sub(r"\W+", "_", about["data"]).strip("_"), args.data),
+    ]
+    return "-".join(part for part, given in parts if given)
 
 
 def holds_others(folder, evaluations):
@@ -95,7 +95,7 @@ def load_split(path, checkpoint, about, args):
     """Return the data set to score on. Raises UserError where it is gone, or of other classes."""
     source, split, names = about["data"], about["split"], None
     if not args.data:
-        if source not in ("shapes", "voc2007", "voc2012") and not Path(source).is_dir():
+        if source not in data.NAMES and not Path(source).is_dir():
             raise utils.UserError(
                 f"{path}: was trained on {source}, which is not there; give --data"
             )
@@ -154,6 +154,8 @@ def score_checkpoint(path, out, args, device):
         where = f"{about['data']}: split {about['split']}"
         raise utils.UserError(f"{where} is void throughout: nothing can be scored")
     values = [None if math.isnan(value) else value for value in utils.iou(cm).tolist()]
+    if "images" not in checkpoint and about["data"] not in data.NAMES and not args.data:
+        print(f"{path}: is of an older version: which images it was trained on is not known")
     trained_on = set(checkpoint.get("images", {}).get("train", ())) & set(dataset.names)
     if trained_on:
         some = f"{len(trained_on)} of these {len(dataset)} images"
@@ -292,7 +294,7 @@ def compare(paths, out, args, device):
     if histories:
         title = "Training runs, validation at the training size, void left out"
         utils.curves(out / "curves.png", histories, title)
-    drawn = ", curves.png" * bool(histories)
+    drawn = ", curves.png" if histories else ""
     print(f"\nwritten to {out}: metrics.json, comparison.png{drawn}")
 
 

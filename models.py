@@ -13,6 +13,7 @@ right and at the bottom, which keeps each output pixel above its input pixel.
 
 import argparse
 import copy
+import inspect
 import os
 import pickle
 import re
@@ -73,12 +74,11 @@ class EncoderDecoder(nn.Module):
     initialise; any nn.Module can have it.
     """
 
-    pretrained_parts = ()
-
-    def __init__(self, encoder, decoder):
+    def __init__(self, encoder, decoder, pretrained=False):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        self.pretrained_parts = ("encoder",) if pretrained else ()
 
     def forward(self, images):
         height, width = images.shape[-2:]
@@ -324,8 +324,7 @@ class ResNet34FCN(EncoderDecoder):
     """Table 5: the baseline's decoder behind ResNet34."""
 
     def __init__(self, num_classes=21, pretrained=False):
-        super().__init__(ResNet34Encoder(pretrained), fcn_decoder(num_classes))
-        self.pretrained_parts = ("encoder",) if pretrained else ()
+        super().__init__(ResNet34Encoder(pretrained), fcn_decoder(num_classes), pretrained)
 
 
 class ResNet34DarrenNet(EncoderDecoder):
@@ -337,8 +336,7 @@ class ResNet34DarrenNet(EncoderDecoder):
 
     def __init__(self, num_classes=21, pretrained=False):
         decoder = (Upsampler(512, 256), Upsampler(256, 128), DarrenNetDecoder(num_classes))
-        super().__init__(ResNet34Encoder(pretrained), nn.Sequential(*decoder))
-        self.pretrained_parts = ("encoder",) if pretrained else ()
+        super().__init__(ResNet34Encoder(pretrained), nn.Sequential(*decoder), pretrained)
 
 
 class ResNet34UNet(EncoderDecoder):
@@ -347,10 +345,8 @@ class ResNet34UNet(EncoderDecoder):
     def __init__(self, num_classes=21, pretrained=False):
         decoder = UNetDecoder((64, 64, 128, 256, 512), num_classes)
         doubling = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-        super().__init__(
-            ResNet34Encoder(pretrained, all_maps=True), nn.Sequential(decoder, doubling)
-        )
-        self.pretrained_parts = ("encoder",) if pretrained else ()
+        encoder = ResNet34Encoder(pretrained, all_maps=True)
+        super().__init__(encoder, nn.Sequential(decoder, doubling), pretrained)
 
 
 MODELS = {
@@ -371,6 +367,11 @@ def build_model(name, num_classes=21, **options):
     if name not in MODELS:
         raise ModelError(f"no model is called '{name}'; choose from {', '.join(MODELS)}")
     return MODELS[name](num_classes, **options)
+
+
+def takes_pretrained(name):
+    """Return whether a network can start from trained weights that its class knows where to get."""
+    return "pretrained" in inspect.signature(MODELS[name]).parameters
 
 
 def from_checkpoint(checkpoint):

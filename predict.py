@@ -11,6 +11,7 @@ by the same prediction: of the same image, by the same network, with the same fl
 where some of several images cannot be read, 2 where none can.
 """
 
+import math
 import sys
 from pathlib import Path, PureWindowsPath
 
@@ -57,11 +58,11 @@ def images_in(folder):
     stems = {file.stem for file in files}
     images = [file for file in files if not is_result(file, stems)]
     rest = sorted(set(folder.iterdir()) - set(images))
-    names = [path.name + "/" * path.is_dir() for path in rest if not path.name.startswith(".")]
+    names = [path.name for path in rest if not path.name.startswith(".")]
     kinds = ", ".join(sorted(data.IMAGE_SUFFIXES))
     if names:
         print(
-            f"{folder}: left out {', '.join(names[:9])}{', ...' * (len(names) > 9)}; masks and "
+            f"{folder}: left out {', '.join(names[:9])}{', ...' if len(names) > 9 else ''}; masks and "
             f"overlays of other images, folders, and files that are no {kinds} are not segmented "
             "(convert HEIC to JPEG)"
         )
@@ -126,9 +127,9 @@ def write(folder, name, mark, image, mask, checkpoint):
 def say_network(path, checkpoint):
     """Print what the network is, what it knows, and where others are."""
     classes = checkpoint["classes"]
-    names = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6)
+    names = ", ".join(classes[:6]) + (", ..." if len(classes) > 6 else "")
     # A Windows path has / and \ for separators: the network may have been trained anywhere.
-    where = PureWindowsPath(checkpoint.get("data", "unknown data")).name
+    where = checkpoint.get("trained_on") or PureWindowsPath(checkpoint.get("data", "unknown")).name
     print(f"network: {path}: {checkpoint['model']}, trained on {where}", end=": ")
     print(f"{len(classes)} classes ({names})")
     others = sorted(set(SHIPPED.parent.glob("*.pt")) - {path.resolve()})
@@ -147,7 +148,7 @@ def main(argv=None):
     model = utils.to_device(models.from_checkpoint(checkpoint), device)
     classes, size = checkpoint["classes"], args.size or checkpoint["size"]
     paths = find_images(args.images)
-    how = f"by {network.resolve()}, at {size}x{size}{', tta' * args.tta}"
+    how = f"by {network.resolve()}, at {size}x{size}{', tta' if args.tta else ''}"
     marks = [ascii(f"{path.resolve()}, {how}") for path in paths]  # a name may be no Unicode
     made = dict(zip(output_names(paths), marks))
     out = utils.free_folder(args.out, Path("predictions"), lambda f: other_results(f, made))
@@ -174,11 +175,11 @@ def main(argv=None):
             black += 1
             print(f"  nothing but {classes[0]}, with a probability from {least:.2f} up")
     if black:
-        score = checkpoint["metrics"]["val_mean_iou"]
+        score = checkpoint["metrics"].get("val_mean_iou", math.nan)
         print(
-            f"{black} of {len(paths)} masks are nothing but {classes[0]}: right where an image shows none of the "
-            f"network's classes. It may miss some: in validation it scored {score:.3f} mIoU, after "
-            f"{checkpoint['epoch']} epochs"
+            f"{black} of {len(paths)} masks are nothing but {classes[0]}: right where an image shows "
+            f"none of the network's classes. It may miss some: in validation it scored {score:.3f} "
+            f"mIoU, after {checkpoint['epoch']} epochs"
         )
     if failed < len(paths):
         print(f"sure: the mean probability of the classes chosen; 1/{len(classes)} is a mere guess")

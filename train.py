@@ -12,7 +12,6 @@ resuming needs), log.csv, settings.json, curves.png and samples.png.
 
 import argparse
 import copy
-import inspect
 import math
 import time
 from dataclasses import dataclass
@@ -26,12 +25,50 @@ import data
 import models
 import utils
 
+SAVE_EVERY = 60  # seconds between two last.pt; on a GPU an epoch may be shorter than the writing
+
+
+@dataclass
+class Run:
+    """The state of a run, which the functions of this file share. Checkpoints keep what changes."""
+
+    args: argparse.Namespace
+    out: Path
+    device: torch.device
+    rank: int  # the number of this process among those of torchrun
+    processes: int
+    batch_size: int  # of a step, over all processes; the whole set where it is smaller
+    train_set: torch.utils.data.Dataset  # the sets and the weights are fetched anew at each size
+    val_set: torch.utils.data.Dataset
+    weights: torch.Tensor  # of the classes, in the loss
+    model: nn.Module
+    parallel: nn.Module  # the model, wrapped where there are several processes
+    average: nn.Module  # the model with the average of its weights over the steps
+    optimizer: torch.optim.Optimizer
+    history: list  # a row of log.csv for each epoch that is done
+    step: int = 0  # how many steps of the next one are done
+    loss: float = 0.0  # the sum of their losses
+    caught: list = ()  # signals that ask the run to stop
+
+    @property
+    def size(self):
+        """The side of the images that the network is given now."""
+        return self.val_set.size  # with affine augmentation, training images are twice as large
+
+    def images(self):
+        """Return the names of the images of both sets, which a checkpoint keeps."""
+        return {"train": self.train_set.names, "val": self.val_set.names}
+
+    def stop_signal(self):
+        """Return the number of the signal that asks for the end, or 0; alike in all processes."""
+        return int(utils.over_processes(max(self.caught, default=0), "MAX"))
+
 
 def criterion(logits, masks, weights):
     """Return the loss, a scalar: the mean cross-entropy of the labelled pixels, weighted by class.
 
     logits: float (N, C, H, W); masks: uint8 (N, H, W), classes or void; weights: float (C,).
-    Training and validation both call it: what is added here, another mean, counts in both.
+    Add a term (Dice, say) to the mean that it returns: training and validation both use it.
     """
     # The sum divided by hand, because F.cross_entropy's own mean is NaN where all is void.
     total = F.cross_entropy(
@@ -54,11 +91,13 @@ def train_one_epoch(run, epoch):
     order = order[run.step :]  # all of it, unless the run was stopped within the epoch
     label = f"epoch {epoch}/{args.epochs}"
     run.model.train()
-    for indices in utils.progress(order, label, run.batch_size, lambda: run.loss / run.step):
+    for indices in utils.progress(
+        order, label, run.batch_size, lambda: run.processes * run.loss / run.step
+    ):
         indices = indices[run.rank :: run.processes]  # this process's part of the batch
         images, masks = data.fetch(run.train_set, indices, run.device)
         if args.augment:
-            images, masks = data.augment(images, masks, args.augment, run.val_set.size)
+            images, masks = data.augment(images, masks, args.augment, run.size)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
             logits = run.parallel(data.normalize(images))
         loss = criterion(logits, masks, run.weights)
@@ -66,12 +105,13 @@ def train_one_epoch(run, epoch):
             loss = loss * share_of_batch(run, masks)
         run.optimizer.zero_grad()
         loss.backward()
-        run.optimizer.param_groups[0]["lr"] = rates[run.step]
+        for group in run.optimizer.param_groups:
+            group["lr"] = rates[run.step]
         run.optimizer.step()
         utils.update_average(run.average, run.model, (epoch - 1) * steps + run.step, args.ema)
         run.step += 1
         run.loss += loss.detach() / run.processes
-        if run.stop():
+        if run.stop_signal():
             break
     run.loss = utils.over_processes(run.loss)
 
@@ -96,12 +136,17 @@ def validate(run):
     Ends early where the run is to stop.
     """
     model, num_classes = run.average.eval(), len(run.val_set.classes)
+    if (
+        run.processes > 1
+    ):  # on the CPU each has batch norm statistics of its own: score what is kept
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
     sums = torch.zeros(2, device=run.device)
     order = torch.arange(len(run.val_set), device=run.val_set.images.device)
     order = order.split(run.batch_size * run.processes)
     for indices in utils.progress(order, "validation", run.batch_size * run.processes):
-        if run.stop():
+        if run.stop_signal():
             break
         indices = indices[run.rank :: run.processes]
         images, masks = data.fetch(run.val_set, indices, run.device)
@@ -117,49 +162,13 @@ def validate(run):
     return (sums[0] / sums[1].clamp(min=1e-9)).item(), cm
 
 
-SAVE_EVERY = 60  # seconds between two last.pt; on a GPU an epoch may be shorter than the writing
-
-
-@dataclass
-class Run:
-    """The state of a run, which the functions of this file share. Checkpoints keep what changes."""
-
-    args: argparse.Namespace
-    out: Path
-    device: torch.device
-    rank: int  # the number of this process among those of torchrun
-    processes: int
-    batch_size: (
-        int  # of a step in all processes; --batch-size, or the whole set where it is smaller
-    )
-    train_set: torch.utils.data.Dataset  # the sets and the weights are fetched anew at each size
-    val_set: torch.utils.data.Dataset
-    weights: torch.Tensor  # of the classes, in the loss
-    model: nn.Module
-    parallel: nn.Module  # the model, or what makes it one of several processes' copies
-    average: nn.Module  # the model with the average of its weights over the steps
-    optimizer: torch.optim.Optimizer
-    history: list  # a row of log.csv for each epoch that is done
-    step: int = 0  # how many steps of the next one are done
-    loss: float = 0.0  # the sum of their losses
-    caught: list = ()  # signals that ask the run to stop
-
-    def images(self):
-        """Return the names of the images of both sets, which a checkpoint keeps."""
-        return {"train": self.train_set.names, "val": self.val_set.names}
-
-    def stop(self):
-        """Return the number of the signal that asks for the end, or 0; alike in all processes."""
-        return int(utils.over_processes(max(self.caught, default=0), "MAX"))
-
-
 def fit(run):
     """Train epoch by epoch from where the run is; return the exit status: 0, or 128 + a signal's."""
     args, saved = run.args, -math.inf
-    while len(run.history) < args.epochs:
+    while not ended(run):
         epoch, taken = len(run.history) + 1, run.step
-        size = max(run.val_set.size, utils.image_size(args, epoch))
-        if size > run.val_set.size:
+        size = max(run.size, utils.image_size(args, epoch))
+        if size > run.size:
             print(f"images of {size}x{size} from here on", flush=True)
             sets = load_sets(args, run.device, size, run.images())
             run.train_set, run.val_set, run.weights = sets
@@ -167,10 +176,11 @@ def fit(run):
         train_one_epoch(run, epoch)
         trained = time.monotonic()
         val_loss, cm = validate(run)
-        if run.stop():
-            save(run)
+        signal = run.stop_signal()
+        if signal:
+            save_last(run)
             print(f"stopped; go on with  python train.py --resume {run.out / 'last.pt'}")
-            return 128 + run.stop()
+            return 128 + signal
         if not math.isfinite(run.loss + val_loss):
             raise utils.UserError(
                 f"epoch {epoch}/{args.epochs}: the loss is {run.loss}, in validation {val_loss}; "
@@ -178,7 +188,7 @@ def fit(run):
             )
         row = {
             "epoch": epoch,
-            "lr": utils.learning_rates(args, epoch, run.step)[0],
+            "lr": utils.learning_rates(args, epoch, steps=run.step)[0],
             "train_loss": run.loss / run.step,
             "val_loss": val_loss,
             "val_mean_iou": utils.mean_iou(cm),
@@ -188,17 +198,19 @@ def fit(run):
             "size": size,
         }
         run.history, run.step, run.loss = [*run.history, row], 0, 0.0
-        since_best = epoch - utils.best_row(run.history)["epoch"]
-        ends = epoch == args.epochs or since_best >= (args.patience or math.inf)
-        last = ends or time.monotonic() - saved > SAVE_EVERY
-        save(run, last)
-        saved = time.monotonic() if last else saved
+        save_best(run)  # first: a crash between the two leads to the same best.pt once more
+        if ended(run) or time.monotonic() - saved > SAVE_EVERY:
+            save_last(run)
+            saved = time.monotonic()
         report(run, cm)
-        if ends and epoch < args.epochs:
-            print(f"stopped: no better validation mIoU for {args.patience} epochs")
-        if ends:
-            break
     return 0
+
+
+def ended(run):
+    """Return whether the run has had all its epochs, or --patience of them without a better mIoU."""
+    done = len(run.history)
+    since_best = done - utils.best_row(run.history)["epoch"] if done else 0
+    return done >= run.args.epochs or since_best >= (run.args.patience or math.inf)
 
 
 def report(run, cm):
@@ -217,22 +229,18 @@ def report(run, cm):
     )
     if len(predicted) == 1:
         print(f"  so far every pixel is labelled {run.val_set.classes[predicted[0]]}: train on")
+    if ended(run) and row["epoch"] < epochs:
+        print(f"stopped: no better validation mIoU for {run.args.patience} epochs")
 
 
-def save(run, last=True):
-    """After a whole epoch write log.csv and a new best.pt; with `last`, also last.pt.
-
-    best.pt comes before last.pt: a crash between the two leads to the same best.pt once more.
-    """
-    if run.rank:
-        return  # the first process alone writes; the others wait where they next meet it
-    epoch_ended = run.step == 0
-    checkpoint = {
+def checkpoint_of(run):
+    """Return what best.pt holds: all that scoring and predicting need."""
+    return {
         "model": run.args.model,
-        "options": {},
+        "options": {"pretrained": False} if models.takes_pretrained(run.args.model) else {},
         "classes": list(run.train_set.classes),
         "palette": run.train_set.palette,
-        "size": run.val_set.size,
+        "size": run.size,
         "data": run.args.data,
         "images": run.images(),
         "args": {k: v for k, v in vars(run.args).items() if k not in ("out", "resume")},
@@ -240,19 +248,27 @@ def save(run, last=True):
         "epoch": len(run.history),
         "metrics": run.history[-1] if run.history else {},
     }
-    if epoch_ended and utils.best_row(run.history) is run.history[-1]:
-        utils.save_checkpoint(run.out / "best.pt", checkpoint)
-    if last:
-        checkpoint |= {
+
+
+def save_best(run):
+    """Write log.csv, and best.pt where the last epoch is the best; the first process alone does."""
+    if run.rank == 0:
+        if utils.best_row(run.history) is run.history[-1]:
+            utils.save_checkpoint(run.out / "best.pt", checkpoint_of(run))
+        utils.write_log(run.out, run.history)
+
+
+def save_last(run):
+    """Write last.pt, with all that `restore` needs; the first process alone does."""
+    if run.rank == 0:
+        state = {
             "trained": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "random_state": utils.random_state(run.device),
             "history": run.history,
             "unfinished_epoch": {"step": run.step, "loss": float(run.loss)},
         }
-        utils.save_checkpoint(run.out / "last.pt", checkpoint)
-    if epoch_ended:
-        utils.write_log(run.out, run.history)
+        utils.save_checkpoint(run.out / "last.pt", checkpoint_of(run) | state)
 
 
 def restore(run, checkpoint):
@@ -262,14 +278,17 @@ def restore(run, checkpoint):
     # A run from another kind of device has Adam's moments in another memory layout than the
     # weights have here, and the fused kernel takes one layout for granted.
     for parameter, moments in run.optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+        for name, value in moments.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
     run.history = checkpoint["history"]
     unfinished = checkpoint["unfinished_epoch"] or {"step": 0, "loss": 0.0}
     run.step = unfinished["step"]
     if run.rank == 0:
         run.loss = unfinished["loss"]  # which is the sum over the processes already
         utils.set_random_state(checkpoint["random_state"], run.device)
+    else:  # another process's state is not kept: not the same transforms once more
+        torch.manual_seed(run.args.seed + run.rank + 1000 * len(run.history))
 
 
 def finish(run):
@@ -313,7 +332,7 @@ def load_sets(args, device, size, images=None):
         data.load_dataset(args.data, args.val_split, size, names["val"]),
     ]
     for dataset in sets:
-        data.require_labels(dataset)
+        data.require_labels(dataset, learns=dataset is sets[0])
         if device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory
             if dataset.images.numel() + dataset.masks.numel() < memory / 4:
@@ -326,7 +345,7 @@ def load_sets(args, device, size, images=None):
 
 def make_model(args, num_classes):
     """Return a new network. What did not come pretrained is initialised by --init, and said so."""
-    options = {"pretrained": True} if wants_pretrained(args) else {}
+    options = {"pretrained": args.pretrained} if models.takes_pretrained(args.model) else {}
     model = models.build_model(args.model, num_classes, **options)
     pretrained = getattr(model, "pretrained_parts", ())
     parts = [name for name, _ in model.named_children() if name not in pretrained]
@@ -344,25 +363,21 @@ def make_model(args, num_classes):
     return model
 
 
-def wants_pretrained(args):
-    """Return whether the network is to start from pretrained weights, which its class must know."""
-    able = "pretrained" in inspect.signature(models.MODELS[args.model]).parameters
-    if args.pretrained and not able:
-        raise utils.UserError(f"{args.model} has no pretrained encoder; a resnet34_ model has")
-    return able and args.pretrained is not False
-
-
 def settle(args, device):
     """Fill in the settings that follow from others; say which, and what takes them back."""
+    if args.pretrained and not models.takes_pretrained(args.model):
+        raise utils.UserError(f"{args.model} has no pretrained encoder; a resnet34_ model has")
+    if args.pretrained is None:
+        args.pretrained = models.takes_pretrained(args.model)
     if args.progressive is None:
-        new = not wants_pretrained(args) and not args.encoder_weights
+        new = not args.pretrained and not args.encoder_weights
         args.progressive = new and args.augment == "affine" and args.size > 64
     # 800 epochs on growing images take about 1.5 times as long as 100 on the largest.
     usual = {"epochs": 100, "lr": 1e-3, "weight_decay": 0.05}
     follows = {"epochs": 800, "lr": 2e-3, "weight_decay": 0.2} if args.progressive else usual
     chosen = {name: value for name, value in follows.items() if getattr(args, name) is None}
     vars(args).update(chosen)
-    if args.progressive:
+    if args.progressive and chosen:
         sides = sorted({utils.image_size(args, epoch) for epoch in range(1, args.epochs + 1)})
         flags = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()]
         print(
@@ -431,9 +446,8 @@ def make_parser():
     how = "transform the images at random: flip, or affine (bare); default: no"
     add("--augment", nargs="?", const="affine", choices=("flip", "affine"), help=how)
     add("--cosine", action="store_true", help="anneal the learning rate to 0; default: constant")
-    schemes = ("inverse", "median", "enet")
     how = "weigh rare classes more in the loss (bare: inverse); default: no"
-    add("--class-weights", nargs="?", const="inverse", choices=schemes, help=how)
+    add("--class-weights", nargs="?", const="inverse", choices=data.SCHEMES, help=how)
     add("--size", type=number(int, 32, 4096), default=224, help="side of the images" + default)
     how = "passes over the training images; default: 100, or 800 where images grow"
     add("--epochs", type=number(int, 1, 10**6), metavar="N", help=how)

@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +64,8 @@ def cli(main, *user_errors):
             "out of memory": "the GPU's memory is full; try a smaller --batch-size or --size",
             "more than 1 value per channel": "batch norm cannot learn from one value a channel, as "
             "one image gives at this --size; take a larger --batch-size, or --size 64 or more",
+            "closed by peer": "another process failed; see its message",
+            "Connection reset": "another process failed; see its message",
         }
         message = next((remedies[part] for part in remedies if part in str(error)), None)
         if not message:
@@ -115,12 +118,14 @@ def process_group(device_name):
     if "LOCAL_RANK" not in os.environ:
         yield select_device(device_name), 0, 1
         return
-    if device_name == "auto" and torch.cuda.is_available():
+    if device_name in ("auto", "cuda") and torch.cuda.is_available():
         device_name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = select_device("cpu" if device_name == "auto" else device_name)
     nccl = device.type == "cuda" and distributed.is_nccl_available()  # Windows has none
     # gloo too, for numbers that are on the CPU: summing them does not wait for the GPU.
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    # The others wait while the first downloads and decodes.
+    distributed.init_process_group(backend, timeout=timedelta(hours=6))
     rank = distributed.get_rank()
     with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
         yield device, rank, distributed.get_world_size()
@@ -143,9 +148,11 @@ def first_process_first():
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         over_processes(0)
-    yield
-    if first:
-        over_processes(0)
+    try:
+        yield
+    finally:  # where it failed, the others are to find that out themselves
+        if first:
+            over_processes(0)
 
 
 @contextlib.contextmanager
@@ -154,21 +161,22 @@ def run_folder(args, resumed, rank=0):
 
     A new run that comes to no checkpoint leaves no folder.
     """
-    numbered = itertools.chain([args.model], (f"{args.model}-{n}" for n in itertools.count(2)))
-    out = args.out or next(p for p in map(Path("runs").joinpath, numbered) if not p.exists())
+    free = (path for path in numbered(Path("runs", args.model)) if not path.exists())
+    out = args.out or next(free)
     if resumed or rank:  # it is there, or another process makes it
         yield out
         return
-    if (out / "last.pt").exists():
-        raise UserError(
-            f"{out}: holds a run; go on with --resume {out / 'last.pt'} or choose another --out"
-        )
+    files = [out / name for name in ("last.pt", "best.pt", "log.csv", "settings.json")]
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file}: is of another run; choose another --out, or --resume {out}")
     make_folder(out)
     try:
         yield out
     finally:
         if not (out / "last.pt").exists():
-            (out / "settings.json").unlink(missing_ok=True)
+            for file in files:
+                file.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it holds something else
                 out.rmdir()
 
@@ -182,7 +190,9 @@ def write_settings(out, argv, args, device):
     stored["settings"] = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
     stored["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     stored["device"] = f"{device}, {platform.platform()}, {torch.get_num_threads()} threads"
-    path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def make_folder(path):
@@ -315,7 +325,7 @@ def confusion_matrix(pred, mask, num_classes):
     if in_range:
         # Void has a row of its own, cut off at the end: picking out the other pixels first takes
         # twenty times as long. int32, since bincount's time is mostly that of reading its input.
-        pairs = mask.int() * num_classes + pred
+        pairs = mask.int() * num_classes + pred.int()
         counts = torch.bincount(pairs.flatten(), minlength=256 * num_classes).view(256, -1)
     if not in_range or counts[num_classes:255].any():
         raise ValueError(f"a label is outside the {num_classes} classes")

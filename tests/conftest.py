@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import evaluate
@@ -112,6 +114,16 @@ def _end_workers():
 def run_script(script, *args, cwd, **environment):
     """Run a script of the repository in a process of its own, in the folder `cwd`."""
     return Process(script, *args, cwd=cwd, **environment).wait()
+
+
+def fake_cuda():
+    """Return whether PyTorch can make fake CUDA tensors on this machine; older versions need a GPU."""
+    try:
+        with FakeTensorMode():
+            torch.rand(2, device="cuda").round()
+        return True
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def call(module, *args):

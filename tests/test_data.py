@@ -5,6 +5,7 @@ import functools
 import hashlib
 import http.server
 import math
+import os
 import shutil
 import socket
 import struct
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_VOC, write_voc
+from conftest import REAL_VOC, fake_cuda, write_voc
 from PIL import Image
 from PIL.PngImagePlugin import putchunk
 from torch._subclasses import FakeTensorMode
@@ -311,6 +312,7 @@ class CopiesToTheGpu(TorchDispatchMode):
         return result
 
 
+@pytest.mark.skipif(not fake_cuda(), reason="this PyTorch makes no fake CUDA tensors here")
 def test_a_step_copies_nothing_from_the_host_to_the_gpu():
     with FakeTensorMode(), CopiesToTheGpu() as copies:
         torch.tensor([1.0, 2.0], device="cuda")
@@ -947,3 +949,12 @@ def test_an_archive_with_paths_outside_the_folder_is_refused(archives, monkeypat
         with pytest.raises(data.DataError, match=ERROR):
             data.load_dataset("voc2007", "train", 32)
     assert not (archives / "outside.txt").exists()
+
+
+def test_names_that_are_not_utf_8_are_names(tmp_path):
+    write_folder(tmp_path, "plain", count=4)
+    for folder, ending in (("images", ".jpg"), ("masks", ".png")):
+        path = tmp_path / folder / f"a1{ending}"
+        path.rename(tmp_path / folder / os.fsdecode(b"caf\xe9" + ending.encode()))
+    sets = [data.VOC(tmp_path, split, size=32) for split in ("train", "val")]
+    assert sum(len(dataset) for dataset in sets) == 4

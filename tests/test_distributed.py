@@ -164,3 +164,10 @@ def test_an_error_in_a_process_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
     for result in results:
         assert result.stderr == "train_.py: error: --batch-size is 1 for 2 processes\n"
+
+
+def test_data_that_is_not_there_is_one_line_of_each_process(tmp_path):
+    processes = start(tmp_path, 2, "--data", "nowhere", "--device", "cpu")
+    for result in [process.wait() for process in processes]:
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+        assert "nowhere: does not exist; give --data" in result.stderr

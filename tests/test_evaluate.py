@@ -245,13 +245,14 @@ def test_a_run_is_scored_on_its_own_data_from_any_folder(colors, monkeypatch):
     assert read_scores("moved")["pixel_accuracy"] == pytest.approx(2 / 3)
 
 
-def test_checkpoints_from_before_the_names_were_kept(colors):
+def test_checkpoints_from_before_the_names_were_kept(colors, capsys):
     root = write_data(Path("own"), train=TRAIN, val=VAL)
     write_run(Path("old/best.pt"), root, names=False)
     old = torch.load("old/best.pt", weights_only=True)
     torch.save({key: value for key, value in old.items() if key != "args"}, "old/best.pt")
     call(evaluate, "old/best.pt")
     assert read_scores("old/scores/val")["pixel_accuracy"] == pytest.approx(2 / 3)
+    assert "which images it was trained on is not known" in capsys.readouterr().out
 
 
 def test_evaluate_refuses_data_with_other_classes(tmp_path, voc):
@@ -483,3 +484,11 @@ def test_figures_show_the_numbers_of_the_metrics(tmp_path, monkeypatch):
     axes = figures[1].axes[0]
     assert [bar.get_width() for bar in axes.patches] == [0.5, 30 / 45]
     assert [text.get_text() for text in axes.texts] == ["0.500", "0.667"]
+
+
+def test_a_folder_called_shapes_is_not_taken_for_the_drawn_shapes(no_pictures):
+    shapes = data.Shapes("val", 32)
+    Path("shapes").mkdir()
+    write_run(Path("run/best.pt"), "shapes", model="fcn", classes=shapes.classes)
+    call(evaluate, "run")
+    assert read_scores("run/scores/val")["images"] == len(shapes)

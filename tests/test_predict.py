@@ -237,7 +237,7 @@ def test_a_folders_masks_and_what_is_no_image_are_left_out_and_named(capsys):
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("photos: left out"))
     names = line.removeprefix("photos: left out ").partition(";")[0]
-    assert names == "IMG_1234.HEIC, a_mask.png, a_overlay.png, day2/, notes.txt"
+    assert names == "IMG_1234.HEIC, a_mask.png, a_overlay.png, day2, notes.txt"
     assert "convert HEIC to JPEG" in line and "hidden" not in printed and "._a" not in printed
     # Its own masks and overlays are known by what is written in them, whatever they are called.
     Path("predictions/b_mask.png").rename("predictions/x_mask.png")
@@ -321,3 +321,12 @@ def test_a_photograph_of_24_million_pixels_takes_the_memory_of_few_maps():
         labels, sure = utils.segment(Flat(), torch.zeros(1, 3, 4, 4), (60, 40))
     assert seen == [1] * 21 and (labels == 20).all()
     assert sure.mean().item() == pytest.approx(np.e / (np.e + 20), abs=1e-6)
+
+
+def test_a_black_mask_by_a_network_that_ended_no_epoch_is_explained(capsys):
+    write_run(Path("last.pt"), "/data/own")
+    last = torch.load("last.pt", weights_only=True)
+    torch.save(last | {"metrics": {}, "epoch": 0}, "last.pt")
+    photo("a.png", "red")
+    segment("a.png", checkpoint="last.pt")
+    assert "1 of 1 masks are nothing but background" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, call, check, run_script, write_voc
+from conftest import REPOSITORY, call, check, fake_cuda, run_script, write_voc
 from PIL import Image
 from test_data import KINDS, write_folder
 from test_models import published_file, random_encoder
@@ -116,7 +116,7 @@ def test_resume_needs_no_flags_and_ends_with_the_same_weights(tmp_path, voc):
     quick_train(*flags, name="runs/whole", epochs=4)
     quick_train(*flags, name="runs/halves", epochs=2)
     refused = run_script("train.py", *flags, "--out", "runs/halves", cwd=tmp_path)
-    assert refused.returncode == 2 and "runs/halves: holds a run" in refused.stderr
+    assert refused.returncode == 2 and "runs/halves/last.pt: is of another run" in refused.stderr
     torch.manual_seed(99)  # what the process did before must not matter
     call(train, "--resume", "--epochs", 4)  # the newest run
     whole, halves = (state_of(f"runs/{name}/last.pt") for name in ("whole", "halves"))
@@ -459,6 +459,7 @@ class CudaCopies(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(not fake_cuda(), reason="this PyTorch makes no fake CUDA tensors here")
 def test_a_step_on_a_gpu_waits_for_no_copy(monkeypatch):
     """On fake CUDA tensors: an epoch of four steps has no more copies than one of two."""
 
@@ -609,6 +610,15 @@ def test_a_resumed_run_keeps_its_images_though_the_folder_has_grown(tmp_path):
     assert state_of("run/last.pt")["images"] == before
 
 
+def test_processes_after_the_first_do_not_repeat_their_transforms_after_resuming(voc):
+    args = train.make_parser().parse_args(["--data", str(voc), "--model", "fcn", "--size", "32"])
+    run = train.set_up(args, None, torch.device("cpu"), rank=1)
+    first = torch.rand(3)
+    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    train.restore(run, state_of("run/last.pt"))
+    assert not torch.equal(torch.rand(3), first)
+
+
 def test_only_the_first_process_keeps_the_loss_of_an_epoch_that_was_stopped(voc):
     args = train.make_parser().parse_args(["--data", str(voc), "--model", "fcn", "--size", "32"])
     one = train.set_up(args, None, torch.device("cpu"))
@@ -629,6 +639,54 @@ def test_a_start_that_failed_leaves_nothing(voc, monkeypatch):
         with pytest.raises(torch.OutOfMemoryError):
             call(train, "--model", "fcn", "--data", voc, "--size", 32, *flags)
     assert not Path("named").exists() and not list(Path("runs").iterdir())
+
+
+@pytest.mark.parametrize("name", ["best.pt", "settings.json"])
+def test_a_folder_with_another_runs_files_is_left_as_it_is(voc, name):
+    Path("taken").mkdir()
+    Path("taken", name).write_text("another's")
+    with pytest.raises(utils.UserError, match=f"taken/{name}: is of another run; .*--out"):
+        quick_train("--model", "fcn", "--data", voc, name="taken")
+    assert Path("taken", name).read_text() == "another's"
+
+
+def test_a_run_that_patience_ended_is_not_gone_on_with(voc, capsys):
+    quick_train("--model", "fcn", "--data", voc, "--lr", 0, "--patience", 1, epochs=9)
+    before = len(state_of("run/last.pt")["history"])
+    call(train, "--resume", "run")
+    assert len(state_of("run/last.pt")["history"]) == before < 9
+
+
+def test_another_optimizers_run_is_restored_and_all_its_groups_get_the_rate(voc, monkeypatch):
+    def two_groups(parameters, lr, weight_decay, fused):
+        first, *rest = parameters
+        return torch.optim.SGD([{"params": [first]}, {"params": rest}], lr, momentum=0.9)
+
+    monkeypatch.setattr(torch.optim, "AdamW", two_groups)
+    quick_train("--model", "fcn", "--data", voc, "--cosine", epochs=1)
+    call(train, "--resume", "run", "--epochs", 2)
+    rates = [group["lr"] for group in state_of("run/last.pt")["optimizer"]["param_groups"]]
+    assert rates[0] == rates[1] < 1e-3
+
+
+class KnowsWeights(Plain):
+    """A network that takes its own trained weights unless told not to."""
+
+    def __init__(self, num_classes, pretrained=True):
+        super().__init__(num_classes)
+        self.pretrained_parts = ("conv",) if pretrained else ()
+        if pretrained:
+            torch.nn.init.constant_(self.conv.weight, 0.125)
+
+
+def test_no_pretrained_reaches_any_network_and_scoring_asks_for_no_weights(voc, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "knows", KnowsWeights)
+    flags = ("--model", "knows", "--data", voc, "--lr", 0)
+    quick_train(*flags, name="with", epochs=1)
+    quick_train(*flags, "--no-pretrained", name="without", epochs=1)
+    means = [state_of(f"{run}/best.pt")["state_dict"]["conv.weight"] for run in ("with", "without")]
+    assert (means[0] == 0.125).all() and not (means[1] == 0.125).any()
+    assert state_of("with/best.pt")["options"] == {"pretrained": False}
 
 
 def test_help_comes_in_three_groups_and_explains_every_flag(tmp_path):
