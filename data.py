@@ -172,7 +172,7 @@ def _check_labels(path, labels, num_classes):
     if wrong:
         y, x = np.argwhere(labels == wrong[0])[0]
         raise DataError(
-            f"{path}: has the values {', '.join(map(str, wrong))} (the first at column {x}, row "
+            f"{path}: has the values {', '.join(map(str, wrong[:5]))} (the first at column {x}, row "
             f"{y}), but the {num_classes} classes are 0 to {num_classes - 1} and void is {VOID}; "
             "mend the mask or list the classes in classes.txt"
         )
@@ -210,7 +210,7 @@ def _read_lines(path):
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from error
     return [line for line in lines if line]
 
 
@@ -236,7 +236,9 @@ def read_classes(root):
         rows = dict(re.findall(r"^(\d+)\s*,\s*(.+)$", "\n".join(classes), re.MULTILINE))
         classes = [rows.get(str(value), "") for value in range(len(rows))]
     if not 2 <= len(set(classes)) == len(classes) <= VOID or "" in classes:
-        raise DataError(f"{path}: should list 2 to {VOID} different classes, one a line")
+        raise DataError(
+            f"{path}: has {len(classes)} lines; it should list 2 to {VOID} different classes, one a line"
+        )
     return classes, color_map(len(classes)), None
 
 
@@ -314,13 +316,12 @@ def find_folders(root, split):
     for images, masks in LAYOUTS:
         if (root / images).is_dir() and image_files(root / masks, {".png"}, "**/*"):
             return root / images, root / masks
-    pairs = " nor ".join(f"{images}/ and {masks}/*.png" for images, masks in LAYOUTS)
     found = {path.relative_to(root) for path in (*root.glob("*"), *root.glob("*/*"))}
     found = sorted({str(path.with_stem("*") if path.suffix else path) for path in found})
     raise DataError(
-        f"{root}: has neither {pairs} nor {split}/{ROBOFLOW} nor VOCdevkit/VOC2007, but "
-        f"{', '.join(found[:8]) or 'nothing'}; give --data another folder, rename those in it, or "
-        "save the masks as PNG"
+        f"{root}: has {', '.join(found[:8]) or 'nothing'}, but should have images/ and masks/*.png, "
+        "or the folders of VOC, labelme, CVAT, Roboflow or Supervisely (docs/formats.md); rename "
+        "them, save masks as PNG, or give another --data"
     )
 
 
@@ -360,7 +361,8 @@ def _read_names(path, image_folder, pairs):
 def split_names(root, split, image_folder, pairs):
     """Return the names of the images in a split: those that ImageSets/Segmentation/SPLIT.txt lists.
 
-    Where a folder has neither train.txt nor val.txt, about a fifth of its images is for `val`, the
+    A train.txt and val.txt may lie in `root` too, or the images in folders train/ and val/. Where
+    a folder has none of these, about a fifth of its images is for `val`, the
     others for `train`: of those in default.txt, or else of all that have a mask. An image's side
     depends on its own name alone, so it stays where it is when others are added.
     """
@@ -369,11 +371,17 @@ def split_names(root, split, image_folder, pairs):
         return list(pairs)
     folder = root / "ImageSets" / "Segmentation"
     lists = {path.stem: path for path in sorted(folder.glob("*.txt"))}
+    lists |= {
+        s: root / f"{s}.txt" for s in ("train", "val", "test") if (root / f"{s}.txt").exists()
+    }
     if split in lists:
         names = _read_names(lists[split], image_folder, pairs)
         if not names:
-            raise DataError(f"{lists[split]}: lists no images")
+            raise DataError(f"{lists[split]}: lists no images; write their names, one a line")
         return names
+    parts = {name: name.split("/")[0].replace("valid", "val") for name in pairs}
+    if {"train", "val"} <= set(parts.values()):  # images/train/, images/val/
+        return [name for name in pairs if parts[name] == split]
     if split not in ("train", "val") or "train" in lists or "val" in lists:
         found = f"; beside it lie {', '.join(lists)}" if lists else ""
         if root.name in ("VOC2007", "VOC2012"):
@@ -384,6 +392,9 @@ def split_names(root, split, image_folder, pairs):
         names = _read_names(lists["default"], image_folder, pairs)
     else:
         names = [name for name in pairs if pairs[name][1] or roboflow]
+        bare = [name for name in pairs if name not in names]
+        if bare:
+            _say(f"{root}: {len(bare)} images have no mask and are left out, such as {bare[0]}")
     hashes = {hashlib.sha256(os.fsencode(name)).hexdigest(): name for name in names}
     order = sorted(hashes)
     if len(order) < 2:
@@ -488,7 +499,7 @@ class VOC(Dataset):
         if image.size != mask.size:
             raise DataError(
                 f"{mask_path}: is {mask.width}x{mask.height}, but its image is {image.width}x"
-                f"{image.height}, turned as its EXIF data say; export the mask again at that size"
+                f"{image.height} when its EXIF data are heeded; export the mask again at that size"
             )
         return image, mask
 
@@ -754,9 +765,10 @@ def require_labels(dataset, learns=True):
     if not counts.any():
         raise DataError(f"{where} has no pixel with a label: its masks are all void ({VOID})")
     if not counts[1:].any() and (learns or (dataset.masks == VOID).any()):
+        size = f"{dataset.size}x{dataset.size}"
         raise DataError(
-            f"{where}: the masks have nothing but {dataset.classes[0]} (0) and void ({VOID}) "
-            f"at {dataset.size}x{dataset.size}; if {VOID} marks an object in them, save it as 1"
+            f"{where}: the masks have nothing but {dataset.classes[0]} (0) and perhaps void ({VOID}) "
+            f"at {size}: no object, or one that is marked with {VOID}, which should be 1"
         )
 
 
@@ -823,6 +835,9 @@ def look_over(dataset):
     print(f"void: {(dataset.masks == VOID).float().mean():.1%} of all pixels")
     if not is_background(classes[0]):
         print(f"class 0 is {classes[0]}; if 0 is background, list it as the first class")
+    bare = ((full[:, VOID] > 0) & (full[:, 1:VOID].sum(1) == 0)).sum()
+    if bare:
+        print(f"{bare} masks have 0 and {VOID} alone: void, or an object that should be 1?")
     if turned:
         print(
             f"EXIF data turn or mirror {turned} images, whose size does not tell: do their masks fit?"
@@ -851,7 +866,7 @@ def main(argv=None):
             errors += [f"{split}: {line}" for line in look_over(sets[-1])]
         except DataError as error:
             errors.append(f"{split}: {error}")
-    used = [path for dataset in sets for path in dataset.image_paths]
+    used = [path for dataset in sets for path in set(dataset.image_paths)]
     unused = {files[0] for dataset in sets for files, _ in dataset.pairs.values()} - set(used)
     print(f"\n{len(used) - len(set(used))} images are in more than one of these splits", end=", ")
     print(f"{len(unused)} of the folder in none")

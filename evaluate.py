@@ -305,7 +305,11 @@ def main(argv=None):
     paths = [path / "best.pt" if path.is_dir() else path for path in paths]
     device = utils.select_device(args.device)
     # All are read first, so that a wrong name among them is found before the first is scored.
-    evaluations = [describe(path, utils.load_checkpoint(path), args) for path in paths]
+    checkpoints = [utils.load_checkpoint(path) for path in paths]
+    for path, checkpoint in zip(paths, checkpoints):
+        if checkpoint["classes"] != checkpoints[0]["classes"]:
+            raise utils.UserError(f"{path}: knows other classes than {paths[0]}; score it alone")
+    evaluations = [describe(path, checkpoint, args) for path, checkpoint in zip(paths, checkpoints)]
     if args.out and holds_others(args.out, evaluations):
         raise utils.UserError(f"{args.out}: holds other scores; choose another --out")
     if len(paths) > 1:

@@ -369,6 +369,18 @@ def build_model(name, num_classes=21, **options):
     return MODELS[name](num_classes, **options)
 
 
+def check_output(model, num_classes):
+    """Raise ModelError where a network does not map images to logits of their size."""
+    with torch.inference_mode():
+        logits = model.eval()(torch.zeros(1, 3, 64, 64))
+    found = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+    if found != (1, num_classes, 64, 64):
+        raise ModelError(
+            f"{type(model).__name__}: makes {found} of an image (1, 3, 64, 64); it should make logits "
+            f"(1, {num_classes}, 64, 64)"
+        )
+
+
 def takes_pretrained(name):
     """Return whether a network can start from trained weights that its class knows where to get."""
     return "pretrained" in inspect.signature(MODELS[name]).parameters
@@ -465,7 +477,7 @@ def main(argv=None):
         parameters = sum(parameter.numel() for parameter in model.parameters())
         sums.append({"model": each, "parameters": parameters})
         sums[-1]["multiply-adds at 224x224"] = sum(row["multiply_adds"] for row in rows)
-    if name:
+    if name and rows:
         print_table(rows)
         print()
     print_table(sums)

@@ -165,7 +165,7 @@ def validate(run):
 def fit(run):
     """Train epoch by epoch from where the run is; return the exit status: 0, or 128 + a signal's."""
     args, saved = run.args, -math.inf
-    while not ended(run):
+    while not utils.ended(run.history, args.epochs, args.patience):
         epoch, taken = len(run.history) + 1, run.step
         size = max(run.size, utils.image_size(args, epoch))
         if size > run.size:
@@ -199,22 +199,20 @@ def fit(run):
         }
         run.history, run.step, run.loss = [*run.history, row], 0, 0.0
         save_best(run)  # first: a crash between the two leads to the same best.pt once more
-        if ended(run) or time.monotonic() - saved > SAVE_EVERY:
+        last = utils.ended(run.history, args.epochs, args.patience)
+        if last or time.monotonic() - saved > SAVE_EVERY:
             save_last(run)
             saved = time.monotonic()
         report(run, cm)
+        if last and epoch < args.epochs:
+            print(f"stopped: no better validation mIoU for {args.patience} epochs")
     return 0
 
 
-def ended(run):
-    """Return whether the run has had all its epochs, or --patience of them without a better mIoU."""
-    done = len(run.history)
-    since_best = done - utils.best_row(run.history)["epoch"] if done else 0
-    return done >= run.args.epochs or since_best >= (run.args.patience or math.inf)
-
-
 def report(run, cm):
-    """Print an epoch's line; say so where the network names no more than one class."""
+    """Write an epoch's line to log.csv and print it; say so where only one class is named."""
+    if run.rank == 0:
+        utils.write_log(run.out, run.history)
     row, epochs = run.history[-1], run.args.epochs
     later = range(row["epoch"] + 1, epochs + 1)
     left = sum((utils.image_size(run.args, epoch) / row["size"]) ** 2 for epoch in later)
@@ -229,8 +227,6 @@ def report(run, cm):
     )
     if len(predicted) == 1:
         print(f"  so far every pixel is labelled {run.val_set.classes[predicted[0]]}: train on")
-    if ended(run) and row["epoch"] < epochs:
-        print(f"stopped: no better validation mIoU for {run.args.patience} epochs")
 
 
 def checkpoint_of(run):
@@ -251,11 +247,9 @@ def checkpoint_of(run):
 
 
 def save_best(run):
-    """Write log.csv, and best.pt where the last epoch is the best; the first process alone does."""
-    if run.rank == 0:
-        if utils.best_row(run.history) is run.history[-1]:
-            utils.save_checkpoint(run.out / "best.pt", checkpoint_of(run))
-        utils.write_log(run.out, run.history)
+    """Write best.pt where the last epoch is the best; the first process alone does."""
+    if run.rank == 0 and utils.best_row(run.history) is run.history[-1]:
+        utils.save_checkpoint(run.out / "best.pt", checkpoint_of(run))
 
 
 def save_last(run):
@@ -337,6 +331,9 @@ def load_sets(args, device, size, images=None):
             memory = torch.cuda.get_device_properties(device).total_memory
             if dataset.images.numel() + dataset.masks.numel() < memory / 4:
                 dataset.images, dataset.masks = dataset.images.to(device), dataset.masks.to(device)
+    both = set(sets[0].names) & set(sets[1].names)
+    if both:
+        print(f"{len(both)} images are in both splits, so validation flatters: {min(both)}, ...")
     weights = torch.ones(len(sets[0].classes), device=device)
     if args.class_weights:
         weights = data.class_weights(sets[0], args.class_weights).to(device)
@@ -347,6 +344,7 @@ def make_model(args, num_classes):
     """Return a new network. What did not come pretrained is initialised by --init, and said so."""
     options = {"pretrained": args.pretrained} if models.takes_pretrained(args.model) else {}
     model = models.build_model(args.model, num_classes, **options)
+    models.check_output(model, num_classes)
     pretrained = getattr(model, "pretrained_parts", ())
     parts = [name for name, _ in model.named_children() if name not in pretrained]
     for name in parts:
@@ -365,10 +363,10 @@ def make_model(args, num_classes):
 
 def settle(args, device):
     """Fill in the settings that follow from others; say which, and what takes them back."""
-    if args.pretrained and not models.takes_pretrained(args.model):
+    able = models.takes_pretrained(args.model)
+    if args.pretrained and not able:
         raise utils.UserError(f"{args.model} has no pretrained encoder; a resnet34_ model has")
-    if args.pretrained is None:
-        args.pretrained = models.takes_pretrained(args.model)
+    args.pretrained = able if args.pretrained is None else args.pretrained
     if args.progressive is None:
         new = not args.pretrained and not args.encoder_weights
         args.progressive = new and args.augment == "affine" and args.size > 64
@@ -456,8 +454,7 @@ def make_parser():
     add("--resume", nargs="?", const="newest", metavar="RUN", help=how)
 
     add = parser.add_argument_group("training").add_argument
-    how = "the distribution of new weights" + default
-    add("--init", choices=utils.INITIALIZERS, default="kaiming", help=how)
+    add("--init", choices=utils.INITIALIZERS, default="kaiming", help="of new weights" + default)
     how = "start a resnet34_ model's encoder from ImageNet; default: yes"
     add("--pretrained", action=argparse.BooleanOptionalAction, help=how)
     how = "start from ERFNet's published weights (darrennet) or a checkpoint of this project"

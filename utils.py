@@ -367,6 +367,12 @@ def best_row(history):
     return max(history, key=lambda row: row["val_mean_iou"])
 
 
+def ended(history, epochs, patience=None):
+    """Return whether a run has had all its epochs, or `patience` of them without a better mIoU."""
+    since_best = len(history) - best_row(history)["epoch"] if history else 0
+    return len(history) >= epochs or since_best >= (patience or math.inf)
+
+
 @torch.inference_mode()
 def segment(model, images, size, tta=False):
     """Return the class of every pixel for a normalised float batch (N, 3, H, W), and how sure it is.

@@ -479,7 +479,9 @@ def test_label_maps_that_cannot_be_meant_are_refused(tmp_path, labelmap, said):
 def test_a_plain_folder_needs_the_names_of_its_classes(tmp_path):
     write_folder(tmp_path, "plain")
     (tmp_path / "classes.txt").write_text("background\nbackground\n")
-    with pytest.raises(data.DataError, match="classes.txt: should list 2 to 255 different classes"):
+    with pytest.raises(
+        data.DataError, match="classes.txt: has 2 lines; it should list 2 to 255 different classes"
+    ):
         data.VOC(tmp_path, "train", 32)
     (tmp_path / "classes.txt").unlink()
     with pytest.raises(data.DataError, match="has no classes.txt; list the classes"):
@@ -627,7 +629,7 @@ def test_roboflows_exports(tmp_path, capsys):
     one = names_by_split(tmp_path / "train")
     assert one["train"] | one["val"] == set(sets["train"].names) and not one["train"] & one["val"]
     (tmp_path / "train" / "_classes.csv").write_text("Pixel Value, Class\n0, background\n2, cat\n")
-    with pytest.raises(data.DataError, match="_classes.csv: should list"):
+    with pytest.raises(data.DataError, match="_classes.csv: has 2 lines; it should list"):
         data.VOC(tmp_path, "train", 32)
 
 
@@ -655,7 +657,7 @@ def test_masks_that_are_no_png_are_named(tmp_path):
     bare_folder(tmp_path, ["x.jpg", "y.jpg"])
     for path in (tmp_path / "masks").iterdir():
         path.rename(path.with_suffix(".gif"))
-    with pytest.raises(data.DataError, match=r"but .*masks/\*.gif; .*save the masks as PNG"):
+    with pytest.raises(data.DataError, match=r"has .*masks/\*.gif, but .*save masks as PNG"):
         data.VOC(tmp_path, "train", 32)
 
 
@@ -733,7 +735,7 @@ def test_class_lists_of_other_tools(tmp_path):
 def test_labels_that_nothing_can_be_learned_from_are_refused(tmp_path):
     bare_folder(tmp_path, ["x.jpg", "y.jpg"])
     for values, said in (
-        ([0, 255], r"void \(255\) at 32x32; if 255 marks an object"),
+        ([0, 255], r"void \(255\) at 32x32: no object, or one that is marked with 255"),
         ([255], "no pixel with a la"),
     ):
         for path in (tmp_path / "masks").iterdir():
@@ -805,7 +807,7 @@ def test_the_look_over_sees_images_that_exif_data_turn(tmp_path, capsys):
         status, printed = look(tmp_path / root, capsys)
         if root == "side":
             assert status == 1
-            assert printed.count("is 6x4, but its image is 4x6, turned as its EXIF data say") == 2
+            assert printed.count("is 6x4, but its image is 4x6 when its EXIF data are heeded") == 2
         else:
             assert status == 0 and printed.count("EXIF data turn or mirror 1 images") == 2
 
@@ -958,3 +960,24 @@ def test_names_that_are_not_utf_8_are_names(tmp_path):
         path.rename(tmp_path / folder / os.fsdecode(b"caf\xe9" + ending.encode()))
     sets = [data.VOC(tmp_path, split, size=32) for split in ("train", "val")]
     assert sum(len(dataset) for dataset in sets) == 4
+
+
+def test_splits_that_lie_in_folders_or_in_lists_beside_them(tmp_path):
+    names = {"train": ["a", "b", "c"], "val": ["d", "e"]}
+    for part, stems in names.items():
+        bare_folder(tmp_path / "lists", [f"{stem}.jpg" for stem in stems])
+        (tmp_path / f"lists/{part}.txt").write_text("\n".join(stems))
+        files = [f"{part}/{stem}.jpg" for stem in stems]
+        bare_folder(tmp_path / "folders", files, mask=f"{part}/{{}}.png")
+    for part, stems in names.items():
+        assert data.VOC(tmp_path / "lists", part, 32).names == stems
+        found = data.VOC(tmp_path / "folders", part, 32).names
+        assert found == [f"{part}/{stem}" for stem in stems]
+
+
+def test_the_look_over_counts_an_image_that_is_listed_twice_in_one_split_once(tmp_path, capsys):
+    bare_folder(tmp_path, ["a.jpg", "b.jpg"])
+    (tmp_path / "train.txt").write_text("a\na\n")
+    (tmp_path / "val.txt").write_text("b\n")
+    assert data.main(["--data", str(tmp_path), "--size", "32"]) == 0
+    assert "0 images are in more than one of these splits" in capsys.readouterr().out

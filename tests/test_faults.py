@@ -288,7 +288,7 @@ SPOILED_FOLDERS = [
     ("other sizes", lambda r: edit(r / MASK, lambda m: m.resize((9, 8))), (), "train_1.png: is 9x8"),
     ("all void", lambda r: [edit(p, lambda m: Image.new("L", m.size, 255)) for p in
      (r / "SegmentationClass").iterdir()], (), "has no pixel with a label"),
-    ("objects as 255", lambda r: masks_of_0_and_255(r), (), "marks an object in them, save it as"),
+    ("objects as 255", lambda r: masks_of_0_and_255(r), (), "or one that is marked with 255, which should be 1"),
 ]  # fmt: skip
 
 

@@ -705,3 +705,30 @@ def test_the_scripts_import_late_what_is_slow_to_import(tmp_path):
         [sys.executable, "imports.py"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert printed.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda logits: logits[..., ::2, ::2],
+            r"\(1, 21, 32, 32\) .* should make logits \(1, 21, 64",
+        ),
+        (lambda logits: {"out": logits}, r"makes dict of an image"),
+        (lambda logits: logits[:, :5], r"makes \(1, 5, 64, 64\)"),
+    ],
+)
+def test_a_network_that_makes_something_else_is_refused_in_one_line(voc, monkeypatch, change, said):
+    class Wrong(Plain):
+        def forward(self, images):
+            return change(super().forward(images))
+
+    monkeypatch.setitem(models.MODELS, "wrong", Wrong)
+    with pytest.raises(models.ModelError, match=said):
+        quick_train("--model", "wrong", "--data", voc, epochs=1)
+    assert not Path("run").exists()
+
+
+def test_images_in_both_splits_are_said(voc, capsys):
+    quick_train("--model", "fcn", "--data", voc, "--val-split", "train", epochs=1)
+    assert "5 images are in both splits, so validation flatters: train_0" in capsys.readouterr().out
