@@ -22,7 +22,7 @@ import data
 import models
 import utils
 
-SHIPPED = Path(__file__).resolve().parent / "weights" / "darrennet_voc2007.pt"
+SHIPPED = Path(__file__).resolve().parent / "weights" / "darrennet_voc.pt"
 SOFTWARE = "DarrenNet predict.py"  # stands in each file written here, so that others are known
 KINDS = ("mask", "overlay")
 

@@ -1,13 +1,14 @@
 """evaluate.py on tiny data sets, by networks whose predictions are known or counted by numpy."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_VOC, call, check, run_script
+from conftest import REAL_VOC, REPOSITORY, call, check, run_script
 from PIL import Image
 from torch import nn
 
@@ -492,3 +493,14 @@ def test_a_folder_called_shapes_is_not_taken_for_the_drawn_shapes(no_pictures):
     write_run(Path("run/best.pt"), "shapes", model="fcn", classes=shapes.classes)
     call(evaluate, "run")
     assert read_scores("run/scores/val")["images"] == len(shapes)
+
+
+@pytest.mark.skipif(not REAL_VOC, reason="VOC_ROOT names no VOC 2007")
+def test_the_shipped_network_scores_what_the_docs_say(no_pictures):
+    weights = REPOSITORY / "weights" / "darrennet_voc.pt"
+    call(evaluate, weights, "--data", REAL_VOC, "--void-as-background", "--out", "scores")
+    metrics = read_scores("scores")
+    docs = (REPOSITORY / "docs" / "shipped-network.md").read_text(encoding="utf-8")
+    said = re.search(r"`--void-as-background` \(the paper.*?\| (0\.\d+) \| (\d+\.\d+) % \|", docs)
+    assert float(said[1]) == pytest.approx(metrics["mean_iou"], abs=1e-4)
+    assert float(said[2]) == pytest.approx(100 * metrics["pixel_accuracy"], abs=1e-2)
