@@ -530,6 +530,7 @@ def main(argv=None):
             if rank == 0:
                 utils.write_settings(run.out, argv, args, device)
             status = fit(run)
+            utils.over_processes(0)  # a signal ends none of them before the first has saved
         if status == 0 and rank == 0:
             finish(run)
     return status

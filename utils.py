@@ -112,8 +112,8 @@ def stop_signals():
 def process_group(device_name):
     """Join the processes that torchrun started, if it did; give (device, rank, their number).
 
-    Only the first process prints; errors are printed by all. None leaves before all have come to
-    the end, so that the first can save. Where one fails, torchrun ends the others.
+    Only the first process prints; errors are printed by all. Where one fails, torchrun ends the
+    others.
     """
     if "LOCAL_RANK" not in os.environ:
         yield select_device(device_name), 0, 1
@@ -129,7 +129,6 @@ def process_group(device_name):
     rank = distributed.get_rank()
     with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
         yield device, rank, distributed.get_world_size()
-    over_processes(0)
     distributed.destroy_process_group()
 
 
