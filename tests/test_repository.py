@@ -1,6 +1,7 @@
 """What the repository promises of itself: its layout, its size, and the code in its README."""
 
 import ast
+import importlib.util
 import re
 import sys
 
@@ -72,3 +73,10 @@ def test_links_lead_somewhere(text):
     for target, _ in found:
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
+
+
+def test_an_older_python_is_told_in_one_line(monkeypatch):
+    spec = importlib.util.spec_from_file_location("utils_again", REPOSITORY / "utils.py")
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18, "final", 0))
+    with pytest.raises(SystemExit, match="Python 3.10 or newer is needed"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
