@@ -732,3 +732,11 @@ def test_a_network_that_makes_something_else_is_refused_in_one_line(voc, monkeyp
 def test_images_in_both_splits_are_said(voc, capsys):
     quick_train("--model", "fcn", "--data", voc, "--val-split", "train", epochs=1)
     assert "5 images are in both splits, so validation flatters: train_0" in capsys.readouterr().out
+
+
+def test_a_clock_that_stands_still_divides_nothing_by_zero(voc, monkeypatch):
+    """Windows' clock may show the same time before and after an epoch."""
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(f"time.{name}", lambda: 5.0)
+    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    call(evaluate, "run")

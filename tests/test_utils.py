@@ -379,3 +379,28 @@ def test_progress_is_one_line_on_a_terminal_and_silent_in_a_short_file(monkeypat
 def test_durations_read_as_people_say_them():
     said = [utils.format_seconds(seconds) for seconds in (0.4, 59.7, 200, 7500)]
     assert said == ["0 s", "1 min 00 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_a_process_that_failed_does_not_wait_for_the_others(monkeypatch):
+    """Under NCCL leaving the group may hang, and the message would never be printed."""
+    called = []
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(
+            torch.distributed, name, lambda *args, name=name, **more: called.append(name)
+        )
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(utils.UserError, match="failed"), utils.process_group("cpu"):
+        raise utils.UserError("failed")
+    assert called == ["init_process_group"]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("mps", False), ("cpu", False)])
+def test_only_cuda_is_sent_batches_that_it_need_not_have_yet(monkeypatch, device, expected):
+    asked, shapes = [], data.Shapes("val", 32)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, where, non_blocking: asked.append(non_blocking)
+    )
+    data.fetch(shapes, torch.tensor([0, 1]), torch.device(device))
+    assert asked == [expected, expected]
