@@ -330,3 +330,16 @@ def test_a_black_mask_by_a_network_that_ended_no_epoch_is_explained(capsys):
     photo("a.png", "red")
     segment("a.png", checkpoint="last.pt")
     assert "1 of 1 masks are nothing but background" in capsys.readouterr().out
+
+
+def test_images_are_normalised_where_the_network_is(monkeypatch):
+    """The layout that normalize chooses is the device's, so it must come after the move."""
+    log, to, normalize = [], torch.Tensor.to, predict.data.normalize
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda t, *a, **k: (log.append(t.dtype), to(t, *a, **k))[1]
+    )
+    monkeypatch.setattr(
+        predict.data, "normalize", lambda images: (log.append("normalize"), normalize(images))[1]
+    )
+    segment(photo("a.png", "red"))
+    assert torch.uint8 in log[: log.index("normalize")]

@@ -404,3 +404,19 @@ def test_only_cuda_is_sent_batches_that_it_need_not_have_yet(monkeypatch, device
     )
     data.fetch(shapes, torch.tensor([0, 1]), torch.device(device))
     assert asked == [expected, expected]
+
+
+def test_several_gpus_without_nccl_meet_by_gloo(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)  # as on Windows
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **more: asked.append(backend)
+    )
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(utils, "select_device", torch.device)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with utils.process_group("cuda:1") as (device, rank, processes):
+        assert (device, rank, processes) == (torch.device("cuda:1"), 0, 2)
+    assert asked == ["gloo"]
