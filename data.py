@@ -59,6 +59,7 @@ VOC_CLASSES = (
     "train", "tvmonitor",
 )
 # fmt: on
+BACKGROUNDS = {"background", "void", "unlabeled", "unlabelled", "sky", "other"}
 # ImageNet's, which pretrained encoders expect; as good as any other for training from scratch.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -265,14 +266,7 @@ def _read_labelmap(path):
 
 def is_background(name):
     """Return whether a class's name says that it is what is left when all else is labelled."""
-    return name.lower().strip("_ ") in (
-        "background",
-        "void",
-        "unlabeled",
-        "unlabelled",
-        "sky",
-        "other",
-    )
+    return name.lower().strip("_ ") in BACKGROUNDS
 
 
 def image_files(folder, suffixes=IMAGE_SUFFIXES, pattern="*"):
@@ -573,16 +567,16 @@ def draw_shapes(rng, size):
     return image, mask.resize((size, size), Image.Resampling.NEAREST)
 
 
-def load_dataset(name, split, size, names=None):
+def load_dataset(name, split, size, names=None, load=True):
     """Return the data set that a script's --data names: `shapes`, `voc2007`, `voc2012` or a folder.
 
-    VOC is data/VOCdevkit/VOC2007 or VOC2012, downloaded where missing. names: as for `VOC`.
+    VOC is data/VOCdevkit/VOC2007 or VOC2012, downloaded where missing. names, load: see `VOC`.
     """
     if name == NAMES[0]:
         return Shapes(split, size)
     if name in NAMES:
         name = download_voc("data", name.removeprefix("voc"), split)
-    return VOC(name, split, size, names)
+    return VOC(name, split, size, names, load)
 
 
 def memory_size():

@@ -3,7 +3,7 @@
     python evaluate.py                                    the newest run, on its validation split
     python evaluate.py runs/darrennet --split test        another run or checkpoint, another split
     python evaluate.py runs/darrennet --void-as-background           as the paper scores
-    python evaluate.py runs/* --images 2007_000033 2007_000061       compare: table, images, curves
+    python evaluate.py runs/* --images 000039 000063                 compare: table, images, curves
 
 By default each prediction is brought to its image's own resolution and void is left out, which is
 the rule of the VOC challenge. One confusion matrix is summed over the whole split.
@@ -12,6 +12,7 @@ A checkpoint's scores and figures go to scores/ beside it, into a folder whose n
 the flags: only the same evaluation overwrites it. Several checkpoints' go to comparison/, numbered.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -37,9 +38,9 @@ def parse_args(argv=None):
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help=how)
     add("--data", help="as for train.py; default: what it was trained on")
     add("--split", help="default: the one that the run was validated on, and the same images")
-    add("--size", type=utils.number(int, 32, 4096), help="of its input; default: as in training")
+    add("--size", type=utils.number(int, 32, 4096), help="of its input; default: the checkpoint's")
     add("--tta", action="store_true", help="average with the mirrored image's prediction")
-    how = "the paper's protocol: at the training size, void counted as class 0"
+    how = "the paper's protocol: at the size of the input, void counted as class 0"
     add("--void-as-background", action="store_true", help=how)
     how = "images of the split to draw; default: the best, median and worst, or six to compare by"
     add("--images", nargs="+", metavar="NAME", help=how)
@@ -78,17 +79,17 @@ def folder_name(about, args):
     return "-".join(part for part, given in parts if given)
 
 
-def holds_others(folder, evaluations):
-    """Return whether a folder has a metrics.json of anything but these evaluations."""
+def other_scores(folder, evaluations):
+    """Return words on a metrics.json in a folder, unless there is none but of these evaluations."""
     path = folder / "metrics.json"
     if not path.exists():
-        return False
-    try:
+        return None
+    with contextlib.suppress(ValueError, AttributeError):  # another program's file
         stored = json.loads(path.read_text(encoding="utf-8"))
         stored = [stored] if "checkpoint" in stored else stored.values()
-        return [{key: each.get(key) for key in evaluations[0]} for each in stored] != evaluations
-    except (ValueError, AttributeError):  # another program's file
-        return True
+        if [{key: each.get(key) for key in evaluations[0]} for each in stored] == evaluations:
+            return None
+    return f"{folder}: holds other scores"
 
 
 def load_split(path, checkpoint, about, args):
@@ -191,7 +192,7 @@ def draw(out, metrics, matrices, model, dataset, args, device):
     shown = sorted({*order[:2], *order[middle : middle + 2], *order[-2:]}, key=order.index)
     shown = [dataset.names.index(n) for n in args.images or ()] or shown
     images, masks = dataset[shown]
-    rows = {"truth": masks, "prediction": label(model, images, device, masks.shape[-2:])}
+    rows = {"truth": masks, "prediction": label(model, images, device, masks.shape[-2:], args.tta)}
     captions = [f"{dataset.names[i][-16:]}: {scores[i]:.3f}" for i in shown]
     which = "Images" if args.images else "Best, middle and worst images"
     title = f"{which} by their own mIoU: {title}"
@@ -281,7 +282,7 @@ def compare(paths, out, args, device):
         if dataset.classes != first.classes or dataset.names != first.names:
             raise utils.UserError(f"{path}: is scored on other images than {paths[0]}; say --split")
         title = f"{name}\nmIoU {results[name]['mean_iou']:.4f}"
-        rows[title] = label(model, dataset[shown][0], device, images.shape[-2:])
+        rows[title] = label(model, dataset[shown][0], device, images.shape[-2:], args.tta)
         if (path.parent / "log.csv").exists():
             histories[name] = utils.read_log(path.parent)
     print("\n" + format_comparison(results))
@@ -310,14 +311,12 @@ def main(argv=None):
         if checkpoint["classes"] != checkpoints[0]["classes"]:
             raise utils.UserError(f"{path}: knows other classes than {paths[0]}; score it alone")
     evaluations = [describe(path, checkpoint, args) for path, checkpoint in zip(paths, checkpoints)]
-    if args.out and holds_others(args.out, evaluations):
-        raise utils.UserError(f"{args.out}: holds other scores; choose another --out")
-    if len(paths) > 1:
-        folders = utils.numbered(Path("comparison"))
-        free = (folder for folder in folders if not holds_others(folder, evaluations))
-        return compare(paths, args.out or next(free), args, device)
-    path = paths[0]
-    out = args.out or path.parent / "scores" / folder_name(evaluations[0], args)
+    path, several = paths[0], len(paths) > 1
+    wanted = path.parent / "scores" / folder_name(evaluations[0], args)
+    wanted = Path("comparison") if several else wanted
+    out = utils.free_folder(args.out, wanted, lambda f: other_scores(f, evaluations))
+    if several:
+        return compare(paths, out, args, device)
     metrics, matrices, model, dataset = score_checkpoint(path, out, args, device)
     print(f"{path}: {metrics['model']}, epoch {metrics['epoch']}")
     print(f"{len(dataset)} images of split {metrics['split']} of {metrics['data']}")

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     add("--checkpoint", type=Path, metavar="FILE", help=how)
     how = "default: predictions, or predictions-2 and so on where that holds other predictions"
     add("--out", type=Path, metavar="DIR", help=how)
-    add("--size", type=utils.number(int, 32, 4096), help="of its input; default: as in training")
+    add("--size", type=utils.number(int, 32, 4096), help="of its input; default: the checkpoint's")
     add("--tta", action="store_true", help="average with the mirrored image's prediction")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: %(default)s")
     return parser.parse_args(argv)
@@ -103,12 +103,11 @@ def other_results(folder, marks):
     """
     for name, mark in marks.items():
         for file in (folder / f"{name}_{kind}.png" for kind in KINDS):
-            if file.exists() and read_mark(file) != mark:
-                if read_mark(file) is None:
-                    return f"{file}: was not written by predict.py"
-                return (
-                    f"{file}: was made from another image, by another network or with other flags"
-                )
+            found = file.exists() and read_mark(file)
+            if found is None:
+                return f"{file}: was not written by predict.py"
+            if found not in (False, mark):
+                return f"{file}: is of another image, of another network or with other flags"
     return None
 
 

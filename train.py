@@ -46,8 +46,8 @@ class Run:
     average: nn.Module  # the model with the average of its weights over the steps
     optimizer: torch.optim.Optimizer
     history: list  # a row of log.csv for each epoch that is done
-    step: int = 0  # how many steps of the next one are done
-    loss: float = 0.0  # the sum of their losses
+    step: int = 0  # steps done of the epoch under way
+    loss: float = 0.0  # the sum of those steps' losses
     caught: list = ()  # signals that ask the run to stop
 
     @property
@@ -124,7 +124,7 @@ def share_of_batch(run, masks):
     """
     own = pixel_weight(masks, run.weights)
     total = own.clone()
-    distributed.all_reduce(total)
+    distributed.all_reduce(total)  # now the batch's
     return run.processes * own / total.clamp(min=1e-9)
 
 
@@ -136,9 +136,7 @@ def validate(run):
     Ends early where the run is to stop.
     """
     model, num_classes = run.average.eval(), len(run.val_set.classes)
-    if (
-        run.processes > 1
-    ):  # on the CPU each has batch norm statistics of its own: score what is kept
+    if run.processes > 1:  # on the CPU each has its own batch norm statistics: score what is kept
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
@@ -174,7 +172,7 @@ def fit(run):
             run.train_set, run.val_set, run.weights = sets
         started = time.monotonic()
         train_one_epoch(run, epoch)
-        trained = time.monotonic()
+        train_seconds = time.monotonic() - started
         val_loss, cm = validate(run)
         signal = run.stop_signal()
         if signal:
@@ -193,7 +191,7 @@ def fit(run):
             "val_loss": val_loss,
             "val_mean_iou": utils.mean_iou(cm),
             "val_pixel_accuracy": utils.pixel_accuracy(cm),
-            "images_per_second": (run.step - taken) * run.batch_size / max(trained - started, 1e-9),
+            "images_per_second": (run.step - taken) * run.batch_size / max(train_seconds, 1e-9),
             "seconds": time.monotonic() - started,
             "size": size,
         }
@@ -269,17 +267,12 @@ def restore(run, checkpoint):
     """Put what a last.pt keeps, besides the average, into a run that was set up like that one."""
     run.model.load_state_dict(checkpoint["trained"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
-    # A run from another kind of device has Adam's moments in another memory layout than the
-    # weights have here, and the fused kernel takes one layout for granted.
-    for parameter, moments in run.optimizer.state.items():
-        for name, value in moments.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter).copy_(value)
+    utils.match_layouts(run.optimizer)
     run.history = checkpoint["history"]
     unfinished = checkpoint["unfinished_epoch"] or {"step": 0, "loss": 0.0}
     run.step = unfinished["step"]
+    run.loss = unfinished["loss"] / run.processes  # the sum of all processes' is kept
     if run.rank == 0:
-        run.loss = unfinished["loss"]  # which is the sum over the processes already
         utils.set_random_state(checkpoint["random_state"], run.device)
     else:  # another process's state is not kept: not the same transforms once more
         torch.manual_seed(run.args.seed + run.rank + 1000 * len(run.history))
@@ -316,7 +309,7 @@ def load_sets(args, device, size, images=None):
     """Return (training set, validation set, the classes' weights in the loss, float32 (C,)).
 
     `images`: the names that a checkpoint keeps. The sets are moved to a CUDA device whose memory
-    they fill no more than a quarter of.
+    each fills no more than a quarter of.
     """
     # Affine augmentation zooms in, so it is given images of twice the size.
     side = size * (2 if args.augment == "affine" else 1)
@@ -363,21 +356,24 @@ def make_model(args, num_classes):
 
 def settle(args, device):
     """Fill in the settings that follow from others; say which, and what takes them back."""
-    able = models.takes_pretrained(args.model)
-    if args.pretrained and not able:
+    has_pretrained = models.takes_pretrained(args.model)
+    if args.pretrained and not has_pretrained:
         raise utils.UserError(f"{args.model} has no pretrained encoder; a resnet34_ model has")
-    args.pretrained = able if args.pretrained is None else args.pretrained
+    args.pretrained = has_pretrained if args.pretrained is None else args.pretrained
     if args.progressive is None:
-        new = not args.pretrained and not args.encoder_weights
-        args.progressive = new and args.augment == "affine" and args.size > 64
-    # 800 epochs on growing images take about 1.5 times as long as 100 on the largest.
-    usual = {"epochs": 100, "lr": 1e-3, "weight_decay": 0.05}
-    follows = {"epochs": 800, "lr": 2e-3, "weight_decay": 0.2} if args.progressive else usual
-    chosen = {name: value for name, value in follows.items() if getattr(args, name) is None}
-    vars(args).update(chosen)
-    if args.progressive and chosen:
+        from_scratch = not args.pretrained and not args.encoder_weights
+        args.progressive = from_scratch and args.augment == "affine" and args.size > 64
+    defaults = {"epochs": 100, "lr": 1e-3, "weight_decay": 0.05}
+    if args.progressive:
+        defaults = {"epochs": args.epochs, "lr": 2e-3, "weight_decay": 0.2}
+        if not args.epochs:
+            count = len(data.load_dataset(args.data, args.train_split, 32, load=False))
+            defaults["epochs"] = utils.growing_epochs(count)
+    filled_in = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    vars(args).update(filled_in)
+    if args.progressive and filled_in:
         sides = sorted({utils.image_size(args, epoch) for epoch in range(1, args.epochs + 1)})
-        flags = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()]
+        flags = [f"--{name.replace('_', '-')} {value}" for name, value in filled_in.items()]
         print(
             f"images grow ({', '.join(map(str, sides))}), because of --augment or --progressive: "
             f"{' '.join(flags)}; --no-progressive takes it back"
@@ -388,12 +384,12 @@ def settle(args, device):
 
 def set_up(args, resumed, device, rank=0, processes=1):
     """Return the Run that the settings describe, or that goes on from the checkpoint `resumed`."""
-    settle(args, device)
-    # The images never shrink, not even where a run that ended goes on for more epochs.
     history = resumed["history"] if resumed else []
-    size = utils.image_size(args, min(len(history) + 1, args.epochs))
-    size = max([size] + [row["size"] for row in history])
     with utils.first_process_first():  # it downloads what is missing
+        settle(args, device)
+        # The images never shrink, not even where a run that ended goes on for more epochs.
+        size = utils.image_size(args, min(len(history) + 1, args.epochs))
+        size = max(size, resumed["size"]) if resumed else size
         sets = load_sets(args, device, size, resumed and resumed.get("images"))
     train_set, val_set, weights = sets
     if resumed and list(train_set.classes) != resumed["classes"]:
@@ -447,7 +443,7 @@ def make_parser():
     how = "weigh rare classes more in the loss (bare: inverse); default: no"
     add("--class-weights", nargs="?", const="inverse", choices=data.SCHEMES, help=how)
     add("--size", type=number(int, 32, 4096), default=224, help="side of the images" + default)
-    how = "passes over the training images; default: 100, or 800 where images grow"
+    how = "passes over the training images; default: 100, or up to 800 where images grow"
     add("--epochs", type=number(int, 1, 10**6), metavar="N", help=how)
     add("--out", type=Path, metavar="DIR", help="the run's folder; default: runs/MODEL, numbered")
     how = "go on from this last.pt or run's folder (bare: the newest) with its settings"
@@ -503,10 +499,10 @@ def read_settings(argv):
     if args.out and args.out.resolve() != path.parent.resolve():
         raise utils.UserError(f"--out {args.out}: a resumed run goes on in {path.parent}")
     stored = {name: value for name, value in checkpoint["args"].items() if name in vars(args)}
-    parser.set_defaults(**stored)
-    args = parser.parse_args(argv, argparse.Namespace(out=path.parent))
-    free = {"data", "epochs", "patience", "device", "amp", "compile"}
-    for name in stored.keys() - free:
+    parser.set_defaults(**stored | {"out": path.parent})  # what is not typed stays as it was
+    args = parser.parse_args(argv)
+    may_change = {"data", "epochs", "patience", "device", "amp", "compile"}
+    for name in stored.keys() - may_change:
         if getattr(args, name) != stored[name]:
             flag = "--" + name.replace("_", "-")
             raise utils.UserError(f"{path}: was trained with another {flag}; start a new run")

@@ -146,7 +146,7 @@ def first_process_first():
     """Let a machine's first process run a block before its others do."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
-        over_processes(0)
+        over_processes(0)  # returns when the first has left its block
     try:
         yield
     finally:  # where it failed, the others are to find that out themselves
@@ -264,9 +264,17 @@ def initialize(model, scheme):
                 nn.init.zeros_(module.bias)
 
 
-# With --progressive: up to the 20th of 32 parts of the epochs images have a quarter of --size, and
-# so on. Steps are cheap on small images.
+# With --progressive: (20, 4) means that up to 20/32 of the epochs images have 1/4 of --size, and so
+# on. Steps are cheap on small images.
 GROWTH = ((20, 4), (31, 2), (32, 1))
+
+
+def growing_epochs(count):
+    """Return the usual number of epochs for `count` training images that grow: 800 for up to 209.
+
+    With more it falls with their root: 134 for 7,477 (docs/experiments.md, the fifth round).
+    """
+    return round(800 * min(1, math.sqrt(209 / count)))
 
 
 def image_size(args, epoch):
@@ -287,10 +295,10 @@ def learning_rates(args, epoch, steps):
         return [args.lr] * steps
     sizes = [image_size(args, number) for number in range(1, args.epochs + 1)]
     size = sizes[epoch - 1]
-    before = (epoch - 1 - sizes.index(size)) * steps  # since annealing last started
-    in_all = sizes.count(size) * steps
-    shares = [(1 + math.cos(math.pi * (before + step) / in_all)) / 2 for step in range(steps)]
-    return [args.lr * (share * sizes[0] / size) for share in shares]
+    done = (epoch - 1 - sizes.index(size)) * steps  # at this size, before this epoch
+    total = sizes.count(size) * steps  # at this size in all
+    factors = [(1 + math.cos(math.pi * (done + step) / total)) / 2 for step in range(steps)]
+    return [args.lr * (factor * sizes[0] / size) for factor in factors]
 
 
 def update_average(average, model, steps, decay):
@@ -305,6 +313,17 @@ def update_average(average, model, steps, decay):
     )
     with torch.no_grad():
         get_ema_multi_avg_fn(min(decay, steps / (steps + 10)))(averages, values, None)
+
+
+def match_layouts(optimizer):
+    """Give Adam's moments the memory layout of their weights, which its fused kernel takes for granted.
+
+    Those of a checkpoint from another kind of device have another.
+    """
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def confusion_matrix(pred, mask, num_classes):

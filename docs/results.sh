@@ -30,5 +30,5 @@ for seed in 1 2; do
     run darrennet-seed$seed --model darrennet --augment --cosine --seed $seed
 done
 
-# The shipped network, which is this run's best.pt in half precision.
+# The network that was shipped until the fourth round of docs/experiments.md, in half precision.
 run darrennet-longer --model darrennet --augment --cosine --epochs 1400

@@ -16,15 +16,17 @@ from torchvision.datasets import voc as torchvision_voc
 
 import utils
 
-# Two things tell batches apart that are divided over processes: dropout, which the FCN has not,
-# and batch norm, whose statistics are each process's own on the CPU. So it is left out here.
-WITHOUT_BATCH_NORM = """
-class NoNorm(torch.nn.Identity):
-    def __init__(self, channels):
-        super().__init__()
-        self.weight, self.bias = torch.ones(channels), torch.zeros(channels)
+# A small network, without the two things that tell batches apart which are divided over processes:
+# dropout, and batch norm, whose statistics are each process's own on the CPU.
+TINY = """
+import models
+from torch import nn
 
-torch.nn.BatchNorm2d = NoNorm
+def tiny(num_classes):
+    layers = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, num_classes, 3, padding=1)
+    return nn.Sequential(*layers)
+
+models.MODELS["tiny"] = tiny
 """
 # Saving last.pt takes two seconds, and says when it begins.
 SLOW_SAVING = """
@@ -48,7 +50,7 @@ voc.DATASET_YEAR_DICT["2007"] = json.load(open("entry.json"))
 def start(folder, processes, *args, change=""):
     """Start a changed train.py in several processes, with the environment that torchrun gives them."""
     (folder / "train_.py").write_text(
-        f"import sys, torch\nsys.path.insert(0, {str(REPOSITORY)!r})\n{change}\n"
+        f"import sys, torch\nsys.path.insert(0, {str(REPOSITORY)!r})\n{TINY}{change}\n"
         "import data, train, utils\nutils.cli(train.main, data.DataError)\n"
     )
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -69,8 +71,8 @@ def read_rows(path):
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
-def flags(*more):
-    common = ("--data", "voc", "--model", "fcn", "--size", 32, "--device", "cpu", "--no-amp")
+def flags(*more, model="tiny"):
+    common = ("--data", "voc", "--model", model, "--size", 32, "--device", "cpu", "--no-amp")
     return (*common, *more)
 
 
@@ -84,7 +86,7 @@ def test_two_processes_train_and_score_as_one_does(tmp_path):
     args = flags("--batch-size", 4, "--lr", 1e-5, "--class-weights", "enet", "--epochs", 2)
     for processes in (1, 2):
         out = ("--out", f"run-{processes}")
-        started = start(tmp_path, processes, *args, *out, change=WITHOUT_BATCH_NORM)
+        started = start(tmp_path, processes, *args, *out)
         results = [process.wait() for process in started]
         assert [result.returncode for result in results] == [0] * processes, results[0].stderr
     # The first process alone prints.
@@ -98,7 +100,7 @@ def test_two_processes_train_and_score_as_one_does(tmp_path):
         assert a["val_pixel_accuracy"] == b["val_pixel_accuracy"]
     # What two processes began, one goes on with.
     args = ("--resume", "run-2/last.pt", "--epochs", 3)
-    (process,) = start(tmp_path, 1, *args, change=WITHOUT_BATCH_NORM)
+    (process,) = start(tmp_path, 1, *args)
     result = process.wait()
     assert result.returncode == 0, result.stderr
     assert len(read_rows(tmp_path / "run-2/log.csv")) == 3
@@ -107,7 +109,7 @@ def test_two_processes_train_and_score_as_one_does(tmp_path):
 def test_torchrun_itself_hands_a_signal_on_and_the_run_is_saved(tmp_path):
     write_voc(tmp_path / "voc", {"train": 40, "val": 2})
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    args = flags("--batch-size", 4, "--epochs", 500, "--out", "run")
+    args = flags("--batch-size", 4, "--epochs", 500, "--out", "run", model="fcn")
     torchrun = subprocess.Popen(
         [*command, REPOSITORY / "train.py", *map(str, args)],
         cwd=tmp_path,
@@ -129,14 +131,14 @@ def test_a_signal_to_one_process_ends_all_after_the_step_and_the_save(tmp_path, 
     write_voc(tmp_path / "voc", {"train": 40, "val": 2})
     args = flags("--batch-size", 4, "--epochs", 500)
     processes = start(tmp_path, 2, *args, change=SLOW_SAVING)
-    wait_for(tmp_path / "runs/fcn/log.csv", processes)
+    wait_for(tmp_path / "runs/tiny/log.csv", processes)
     os.kill(processes[told].pid, signal.SIGTERM)
     wait_for(tmp_path / "saving", processes)
     os.kill(processes[1 - told].pid, signal.SIGTERM)  # in the middle of saving
     results = [process.wait() for process in processes]
     assert [result.returncode for result in results] == [143, 143], results[0].stderr
     assert [result.stderr for result in results] == ["", ""]
-    last = utils.load_checkpoint(tmp_path / "runs/fcn/last.pt")
+    last = utils.load_checkpoint(tmp_path / "runs/tiny/last.pt")
     assert 1 <= last["unfinished_epoch"]["step"] <= 10 and last["history"]
 
 

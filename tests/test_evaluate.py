@@ -436,6 +436,24 @@ def test_the_comparisons_figures_show_the_scores_and_the_images_asked_for(drawn)
         call(evaluate, "one", "two", "--images", "v0", "v9")
 
 
+def test_the_figures_show_the_predictions_that_are_scored(drawn, monkeypatch):
+    class LeftIsGreen(Colors):
+        def forward(self, images):
+            logits = torch.zeros_like(images)
+            logits[:, 1, :, : images.shape[-1] // 2] = 5
+            return logits
+
+    monkeypatch.setitem(models.MODELS, "colors", LeftIsGreen)
+    root = write_data(Path("own"), train=TRAIN, val=VAL)
+    for name in ("one", "two"):
+        write_run(Path(f"{name}/best.pt"), root)
+    for runs in (("one",), ("one", "two")):
+        for flags, expected in (((), [1, 0]), (("--tta",), [1, 1])):  # mirrored, right is green too
+            call(evaluate, *runs, *flags)
+            rows = list(drawn["samples"][2].values())
+            assert rows[-1][0, 5, [5, -5]].tolist() == expected
+
+
 def test_the_best_middle_and_worst_images_are_drawn(drawn):
     # The network calls the red pixels 0: an image's accuracy is the share that is red.
     root = write_data(Path("own"), train=TRAIN, val={f"v{i}": ("red", 0) for i in range(9)})

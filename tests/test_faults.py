@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +114,20 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(voc, tmp_path, number):
     assert len(last["history"]) >= 1 and last["unfinished_epoch"]["step"] >= 1
 
 
+GROWING = ["--progressive", "--size", "96"]  # 64 in the first of two epochs
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A folder with a VOC folder, and a run of two epochs, whole/, that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    root = write_voc(folder / "voc")
+    call(train, *settings(root, folder / "whole", 2), *GROWING)
+    return folder
+
+
 @pytest.mark.parametrize("checks", [1, 2, 5, 8])
-def test_stopped_in_the_middle_of_an_epoch_nothing_is_lost(voc, tmp_path, monkeypatch, checks):
+def test_stopped_in_the_middle_of_an_epoch_nothing_is_lost(whole, tmp_path, monkeypatch, checks):
     class StopAfter(list):
         """A list that seems empty the first times it is looked at."""
 
@@ -127,16 +138,14 @@ def test_stopped_in_the_middle_of_an_epoch_nothing_is_lost(voc, tmp_path, monkey
             return super().__iter__() if self.looked > checks else iter(())
 
     monkeypatch.chdir(tmp_path)
-    flags = ["--progressive", "--size", "96"]  # 64 in the first epoch
-    call(train, *settings(voc, "whole", 2), *flags)
     with monkeypatch.context() as patch:
         stopper = contextlib.nullcontext(StopAfter([signal.SIGTERM]))
         patch.setattr(utils, "stop_signals", lambda: stopper)
-        assert train.main(settings(voc, "stopped", 2) + flags) == 128 + signal.SIGTERM
+        assert train.main(settings(whole / "voc", "stopped", 2) + GROWING) == 128 + signal.SIGTERM
     assert utils.load_checkpoint("stopped/last.pt")["unfinished_epoch"]["step"] in (1, 2)
     torch.manual_seed(77)
     call(train, "--resume", "stopped/last.pt")
-    assert_same(outcome("whole"), outcome("stopped"))
+    assert_same(outcome(whole / "whole"), outcome("stopped"))
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(voc, tmp_path, monkeypatch):
@@ -393,20 +402,9 @@ def run_case(case, folder, given):
     return result, set(folder.rglob("*")) - before
 
 
-@pytest.fixture(scope="session")
-def results(given, tmp_path_factory):
-    """Start all the cases, two at a time, while the tests wait for theirs."""
-    folder = tmp_path_factory.mktemp("cases")
-    with ThreadPoolExecutor(2) as pool:
-        yield [
-            pool.submit(run_case, case, folder / str(number), given)
-            for number, case in enumerate(CASES)
-        ]
-
-
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case[0] for case in CASES])
-def test_bad_input_is_one_line_and_status_2_with_nothing_written(results, number):
-    result, left_behind = results[number].result()
+def test_bad_input_is_one_line_and_status_2_with_nothing_written(given, tmp_path, number):
+    result, left_behind = run_case(CASES[number], tmp_path, given)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert CASES[number][3] in result.stderr

@@ -110,6 +110,25 @@ def test_without_a_run_predict_takes_the_shipped_network(tmp_path):
     assert Path("predictions/a_mask.png").exists()
 
 
+def test_the_first_command_of_the_readme_sees_the_cat_and_the_astronaut():
+    pictures = [REPOSITORY / "docs" / name for name in ("cat.png", "person.jpg")]
+    call(predict, *pictures)
+    cat, person = (mask_of(f"predictions/{name}_mask.png") for name in ("cat", "person"))
+    # Looked at by eye: the cat's face, the room behind it; the woman's face, the rocket's nose.
+    classes = utils.load_checkpoint(predict.SHIPPED)["classes"]
+    assert classes[cat[150, 150]] == "cat" and classes[cat[60, 440]] == "background"
+    assert classes[person[130, 225]] == "person" and classes[person[100, 390]] == "background"
+    assert set(cat[cat > 0]) == {classes.index("cat")}
+
+
+def test_the_network_for_streets_knows_camvids_classes(capsys):
+    streets = predict.SHIPPED.with_name("darrennet_camvid.pt")
+    segment(photo("a.png", "gray"), checkpoint=streets)
+    printed = capsys.readouterr().out
+    assert "trained on CamVid" in printed and "11 classes (sky, building, pole" in printed
+    assert mask_of("predictions/a_mask.png").max() <= 10
+
+
 def test_a_black_mask_is_explained_by_what_the_network_knows(capsys, monkeypatch):
     class Blind(Colors):
         def forward(self, images):
@@ -185,7 +204,9 @@ def test_the_same_prediction_may_be_made_again_but_no_other_overwritten(capsys):
     assert state("predictions") == first and not Path("predictions-6").exists()
     for number, label in ((2, 2), (3, 0), (4, 0), (5, 0)):
         assert (mask_of(f"predictions-{number}/a_mask.png") == label).all()
-    with pytest.raises(utils.UserError, match="was made from another image, by another network"):
+    with pytest.raises(
+        utils.UserError, match="is of another image, of another network or with other flags"
+    ):
         segment("a.jpg", "--out", "predictions-2")
     segment("a.jpg", "--out", "predictions")
     assert state("predictions") == first

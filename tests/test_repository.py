@@ -43,7 +43,7 @@ def test_nothing_grows_beyond_what_can_be_read():
 
 
 def test_the_readmes_training_script_runs_with_copied_files(tmp_path, monkeypatch, capsys):
-    write_voc(tmp_path / "data", {"train": 4, "val": 2})
+    write_voc(tmp_path / "data", {"train": 20, "val": 2})
     script = next(
         code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "VOC(" in code
     )

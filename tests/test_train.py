@@ -344,6 +344,16 @@ def test_a_run_that_goes_on_for_more_epochs_keeps_the_size_it_has_come_to(voc):
     assert [row["size"] for row in state_of("run/last.pt")["history"]] == [64, 96, 96, 96]
 
 
+def test_a_run_that_was_stopped_at_a_size_keeps_it_when_it_goes_on_for_more_epochs(voc):
+    quick_train("--model", "fcn", "--data", voc, "--progressive", "--size", 96, epochs=1)
+    last = state_of("run/last.pt")
+    assert last["size"] == 96  # of three epochs the first has 64
+    last |= {"history": [], "unfinished_epoch": {"step": 1, "loss": 2.5}}
+    utils.save_checkpoint("run/last.pt", last)
+    call(train, "--resume", "run", "--epochs", 3)
+    assert [row["size"] for row in state_of("run/last.pt")["history"]] == [96, 96, 96]
+
+
 @pytest.mark.parametrize(
     ("flags", "progressive", "epochs", "batch", "lr", "decay"),
     [
@@ -368,6 +378,16 @@ def test_defaults_are_for_growing_images_or_large_ones(
     assert (args.progressive, args.epochs, run.batch_size) == (progressive, epochs, batch)
     assert run.optimizer.defaults["lr"] == args.lr == lr
     assert run.optimizer.defaults["weight_decay"] == args.weight_decay == decay
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(1, 800), (209, 800), (836, 400), (7477, 134)])
+def test_many_images_that_grow_need_fewer_epochs(monkeypatch, count, epochs):
+    # 800 for VOC 2007's 209 images, and half of it for four times as many.
+    monkeypatch.setattr(data.Shapes, "__len__", lambda self: count)
+    flags = ["--data", "shapes", "--augment", "--size", "96"]
+    args = train.make_parser().parse_args(flags)
+    train.settle(args, torch.device("cpu"))
+    assert args.epochs == epochs
 
 
 def test_pretrained_networks_see_large_images_from_the_start(voc, trained_encoders, monkeypatch):
@@ -619,13 +639,13 @@ def test_processes_after_the_first_do_not_repeat_their_transforms_after_resuming
     assert not torch.equal(torch.rand(3), first)
 
 
-def test_only_the_first_process_keeps_the_loss_of_an_epoch_that_was_stopped(voc):
+def test_processes_share_the_loss_of_an_epoch_that_was_stopped(voc):
     args = train.make_parser().parse_args(["--data", str(voc), "--model", "fcn", "--size", "32"])
     one = train.set_up(args, None, torch.device("cpu"))
     quick_train("--model", "fcn", "--data", voc, epochs=1)
     last = state_of("run/last.pt") | {"unfinished_epoch": {"step": 1, "loss": 2.5}}
-    for rank, expected in ((0, 2.5), (1, 0.0)):
-        one.rank, one.loss = rank, 0.0
+    for rank, processes, expected in ((0, 1, 2.5), (0, 2, 1.25), (1, 2, 1.25)):
+        one.rank, one.processes = rank, processes
         train.restore(one, last)
         assert (one.step, one.loss) == (1, expected)
 
