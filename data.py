@@ -27,6 +27,7 @@ import sys
 import tarfile
 import tempfile
 import unicodedata
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -59,6 +60,7 @@ VOC_CLASSES = (
     "train", "tvmonitor",
 )
 # fmt: on
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # phones take as many pixels
 BACKGROUNDS = {"background", "void", "unlabeled", "unlabelled", "sky", "other"}
 # ImageNet's, which pretrained encoders expect; as good as any other for training from scratch.
 MEAN = (0.485, 0.456, 0.406)
@@ -462,16 +464,15 @@ class VOC(Dataset):
             _say(f"{said}: it is kept in a temporary file in {folder}")
             with tempfile.TemporaryFile() as file:
                 pixels = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(needed,)))
-        images = pixels[: n * 3 * size**2].view(n, 3, size, size)
-        masks = pixels[n * 3 * size**2 :].view(n, size, size)
+        self.images = pixels[: n * 3 * size**2].view(n, 3, size, size)
+        self.masks = pixels[n * 3 * size**2 :].view(n, size, size)
 
         def load_one(index):
-            images[index], masks[index] = (to_tensor(picture, size) for picture in self.read(index))
+            self.images[index], self.masks[index] = (to_tensor(p, size) for p in self.read(index))
 
         # Threads are enough: Pillow lets go of the interpreter while it decodes and resizes.
         with ThreadPoolExecutor(max(1, os.cpu_count() // processes)) as pool:
             list(pool.map(load_one, range(n)))
-        self.images, self.masks = images, masks
 
     def read(self, index):
         """Return an image and its mask at their own resolution, PIL images of mode RGB and L."""

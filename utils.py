@@ -160,8 +160,7 @@ def run_folder(args, resumed, rank=0):
 
     A new run that comes to no checkpoint leaves no folder.
     """
-    free = (path for path in numbered(Path("runs", args.model)) if not path.exists())
-    out = args.out or next(free)
+    out = args.out or next(p for p in numbered(Path("runs", args.model)) if not p.exists())
     if resumed or rank:  # it is there, or another process makes it
         yield out
         return

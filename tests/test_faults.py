@@ -470,6 +470,18 @@ def test_files_that_may_not_be_read_or_written(given, tmp_path):
     assert result.returncode == 2 and "locked: cannot be written to" in result.stderr
 
 
+def test_a_phones_photograph_of_many_pixels_brings_no_warning(tmp_path):
+    Image.new("RGB", (15, 10)).save(tmp_path / "photo.png")
+    # Pillow warns from so many pixels on, and refuses twice as many.
+    script = "from PIL import Image\nImage.MAX_IMAGE_PIXELS = 100\nimport data\n"
+    (tmp_path / "load.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{script}"
+        "print(data.load_image('photo.png').size)\n"
+    )
+    result = run_script(tmp_path / "load.py", cwd=tmp_path)
+    assert (result.stdout, result.stderr) == ("(15, 10)\n", "")
+
+
 def test_a_phones_photograph_with_previews_is_no_animation(tmp_path):
     frames = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=frames[1:])
