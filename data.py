@@ -390,7 +390,7 @@ def split_names(root, split, image_folder, pairs):
         names = [name for name in pairs if pairs[name][1] or roboflow]
         bare = [name for name in pairs if name not in names]
         if bare:
-            _say(f"{root}: {len(bare)} images have no mask and are left out, such as {bare[0]}")
+            _say(f"{root}: {len(bare)} images have no PNG mask and are left out, such as {bare[0]}")
     hashes = {hashlib.sha256(os.fsencode(name)).hexdigest(): name for name in names}
     order = sorted(hashes)
     if len(order) < 2:
@@ -493,8 +493,8 @@ class VOC(Dataset):
             mask = load_mask(mask_path, len(self.classes), self.colors)
         if image.size != mask.size:
             raise DataError(
-                f"{mask_path}: is {mask.width}x{mask.height}, but its image is {image.width}x"
-                f"{image.height} when its EXIF data are heeded; export the mask again at that size"
+                f"{mask_path}: is {mask.width}x{mask.height}, but its image, turned upright, is "
+                f"{image.width}x{image.height}; export the mask again at that size"
             )
         return image, mask
 
@@ -805,7 +805,7 @@ def look_over(dataset):
     """Read all of a data set, fill in its `masks`, print what it has; return what is wrong, lines."""
     n, size, classes = len(dataset), dataset.size, dataset.classes
     dataset.masks = torch.full((n, size, size), VOID, dtype=torch.uint8)
-    full, errors, turned = torch.zeros(n, 256, dtype=torch.int64), [], 0
+    full, errors, turned = torch.zeros(n, 256, dtype=torch.int64), [], []
     for index in range(n):
         try:
             image, mask = dataset.read(index)
@@ -815,7 +815,8 @@ def look_over(dataset):
         full[index] = torch.tensor(mask.histogram())
         dataset.masks[index] = to_tensor(mask, size)
         with Image.open(dataset.image_paths[index]) as file:
-            turned += file.getexif().get(0x0112, 1) > 1 and file.size == image.size
+            if file.getexif().get(0x0112, 1) > 1 and file.size == image.size:
+                turned.append(dataset.names[index])
     print(f"\n{dataset.root}: split {dataset.split}, {n} images, at {size}x{size}")
     if errors:
         return errors
@@ -830,12 +831,14 @@ def look_over(dataset):
     print(f"void: {(dataset.masks == VOID).float().mean():.1%} of all pixels")
     if not is_background(classes[0]):
         print(f"class 0 is {classes[0]}; if 0 is background, list it as the first class")
-    bare = ((full[:, VOID] > 0) & (full[:, 1:VOID].sum(1) == 0)).sum()
+    bare = (full[:, VOID] > 0) & (full[:, 1:VOID].sum(1) == 0)
+    bare = [dataset.names[index] for index in bare.nonzero()]
     if bare:
-        print(f"{bare} masks have 0 and {VOID} alone: void, or an object that should be 1?")
+        several = f"{len(bare)} masks, such as that of {bare[0]}, have"
+        print(f"{several} 0 and {VOID} alone: void, or an object that should be 1?")
     if turned:
         print(
-            f"EXIF data turn or mirror {turned} images, whose size does not tell: do their masks fit?"
+            f"EXIF data turn or mirror {len(turned)} images, such as {turned[0]}: do the masks fit?"
         )
     return errors
 
@@ -846,7 +849,7 @@ def main(argv=None):
 
     parser = utils.make_parser(__doc__)
     add, size = parser.add_argument, utils.number(int, 32, 4096)
-    add("--data", default="voc2007", help="as for train.py; default: %(default)s")
+    add("--data", default="voc2007", help="a folder, voc2007 or voc2012; default: voc2007")
     how = "default: train and val"
     add("--splits", nargs="+", default=["train", "val"], metavar="NAME", help=how)
     add("--size", type=size, default=224, help="pixels are counted at this size; default: 224")

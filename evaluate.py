@@ -204,7 +204,8 @@ def draw_confusion_matrix(path, cm, classes, title):
     """Draw a confusion matrix (C, C) with each row as shares, in %, of the true class's pixels."""
     shares = (100 * cm.double() / cm.sum(1, keepdim=True)).numpy()  # NaN, left blank, without any
     side = 3 + 0.42 * len(classes)
-    figure = utils.new_figure(side, side)
+    title += "\n% of each true class's pixels (rows add up to 100)"
+    figure = utils.new_figure(side, side, title)
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     for (row, column), share in np.ndenumerate(shares):
@@ -214,7 +215,6 @@ def draw_confusion_matrix(path, cm, classes, title):
     axes.set_xticks(range(len(classes)), classes, rotation=90)
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted class", ylabel="true class")
-    figure.suptitle(f"{title}\n% of each true class's pixels (rows add up to 100)")
     figure.savefig(path, dpi=100)
 
 
@@ -222,12 +222,12 @@ def draw_class_iou(path, values, title):
     """Draw each class's IoU as a bar, the best on top. values: {class name: IoU or None}."""
     scored = {name: value for name, value in values.items() if value is not None}
     scored = dict(sorted(scored.items(), key=lambda item: item[1]))
-    figure = utils.new_figure(8, 1.6 + 0.3 * len(scored))
+    title += f"\nmean {sum(scored.values()) / len(scored):.3f}"
+    figure = utils.new_figure(8, 1.6 + 0.3 * len(scored), title)
     axes = figure.subplots()
     bars = axes.barh(list(scored), list(scored.values()), color="#0072b2")
     axes.bar_label(bars, [f"{value:.3f}" for value in scored.values()], padding=3)
     axes.set(xlim=(0, 1), xlabel="IoU")
-    figure.suptitle(f"{title}\nmean {sum(scored.values()) / len(scored):.3f}")
     figure.savefig(path, dpi=100)
 
 

@@ -163,6 +163,8 @@ def validate(run):
 def fit(run):
     """Train epoch by epoch from where the run is; return the exit status: 0, or 128 + a signal's."""
     args, saved = run.args, -math.inf
+    if utils.ended(run.history, args.epochs, args.patience):
+        print("this run had come to its end; for a longer one, say --epochs N")
     while not utils.ended(run.history, args.epochs, args.patience):
         epoch, taken = len(run.history) + 1, run.step
         size = max(run.size, utils.image_size(args, epoch))

@@ -13,6 +13,7 @@ import platform
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from datetime import timedelta
 from functools import partial
@@ -671,8 +672,8 @@ def class_shares(mask, classes):
     return {classes[c]: counts[c] / counts.sum() for c in order}
 
 
-def new_figure(width, height):
-    """Return an empty matplotlib figure, of so many inches, that asks for no display.
+def new_figure(width, height, title):
+    """Return an empty matplotlib figure, of so many inches, with a title; it asks for no display.
 
     matplotlib is imported here, since predict.py needs none of it. A notebook's MPLBACKEND, which
     may name what is not installed, would end that import; a Figure, unlike pyplot, needs no backend.
@@ -681,7 +682,10 @@ def new_figure(width, height):
         os.environ.pop("MPLBACKEND", None)
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    lines = [textwrap.fill(line, int(11 * width)) for line in title.splitlines()]  # letters an inch
+    figure.suptitle("\n".join(lines))
+    return figure
 
 
 def write_log(run, rows):
@@ -716,10 +720,9 @@ def curves(path, histories, title):
         f"{name}: best {best_row(rows)['val_mean_iou']:.4f}" for name, rows in histories.items()
     ]
     legend_rows = len(names) if len(names) > 1 else 0
-    figure = new_figure(12, 4.2 + 0.25 * legend_rows)
+    figure = new_figure(12, 4.2 + 0.25 * legend_rows, title)
     from matplotlib.lines import Line2D
 
-    figure.suptitle(title)
     panels = (
         ("loss", {"val_loss": "-", "train_loss": ":"}),
         ("mean IoU, validation", {"val_mean_iou": "-"}),
@@ -755,10 +758,9 @@ def samples(path, images, rows, classes, palette, title, captions=()):
     image. Below the grid, a legend of the classes that appear.
     """
     height = 2.1 * (1 + len(rows)) + 0.9
-    figure = new_figure(2.1 * len(images), height)
+    figure = new_figure(2.1 * len(images), height, title)
     from matplotlib.patches import Patch
 
-    figure.suptitle(title)
     grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
     for axes, caption in zip(grid[0], captions):
         axes.set_title(caption, fontsize=10)

@@ -756,6 +756,17 @@ def look(root, capsys, *flags):
     return status, capsys.readouterr().out
 
 
+def test_the_look_over_names_an_image_whose_objects_may_be_void(tmp_path, capsys):
+    bare_folder(tmp_path, [f"n{i}.jpg" for i in range(3)])
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("n0\nn1\nn2\n")
+    Image.fromarray(np.array([[0, 255]], np.uint8).repeat(4, 0).repeat(3, 1)).save(
+        tmp_path / "masks/n1.png"
+    )
+    status, printed = look(tmp_path, capsys)
+    assert status == 0 and printed.count("1 masks, such as that of n1, have 0 and 255 alone") == 2
+
+
 def test_the_look_over_names_classes_that_vanish_and_what_class_0_is(tmp_path, capsys):
     names = [f"n{i}.jpg" for i in range(3)]
     bare_folder(tmp_path, names)
@@ -807,9 +818,9 @@ def test_the_look_over_sees_images_that_exif_data_turn(tmp_path, capsys):
         status, printed = look(tmp_path / root, capsys)
         if root == "side":
             assert status == 1
-            assert printed.count("is 6x4, but its image is 4x6 when its EXIF data are heeded") == 2
+            assert printed.count("is 6x4, but its image, turned upright, is 4x6") == 2
         else:
-            assert status == 0 and printed.count("EXIF data turn or mirror 1 images") == 2
+            assert status == 0 and printed.count("EXIF data turn or mirror 1 images, such as ") == 2
 
 
 def test_data_can_be_copied_out_alone():

@@ -212,6 +212,9 @@ def test_the_same_prediction_may_be_made_again_but_no_other_overwritten(capsys):
     assert state("predictions") == first
     segment(photo("b.jpg", "red"), "--out", "predictions-2")  # beside the others
     assert len(list(Path("predictions-2").iterdir())) == 4
+    utils.save_checkpoint("net.pt", utils.load_checkpoint("net.pt") | {"epoch": 99})
+    segment("a.jpg")  # by the same file, after more training
+    assert state("predictions") == first and Path("predictions-6").exists()
 
 
 def test_two_images_with_one_name_are_both_kept():

@@ -677,8 +677,10 @@ def test_a_folder_with_another_runs_files_is_left_as_it_is(voc, name):
 def test_a_run_that_patience_ended_is_not_gone_on_with(voc, capsys):
     quick_train("--model", "fcn", "--data", voc, "--lr", 0, "--patience", 1, epochs=9)
     before = len(state_of("run/last.pt")["history"])
+    assert "had come to its end" not in capsys.readouterr().out
     call(train, "--resume", "run")
     assert len(state_of("run/last.pt")["history"]) == before < 9
+    assert "this run had come to its end; for a longer one, say --epochs" in capsys.readouterr().out
 
 
 def test_another_optimizers_run_is_restored_and_all_its_groups_get_the_rate(voc, monkeypatch):

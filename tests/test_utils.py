@@ -355,6 +355,18 @@ def test_curves_and_samples_are_drawn_whatever_backend_a_notebook_asked_for(tmp_
     looks_drawn(tmp_path / "samples.png", 500, 400)
 
 
+def test_a_long_title_stays_within_a_narrow_figure():
+    title = (
+        "Images by their own mIoU: fcn, 64x64, split val; own resolution, mirrored images averaged"
+    )
+    for width in (4.2, 12):
+        figure = utils.new_figure(width, 4, title + "\nthe second line")
+        text = figure._suptitle
+        assert text.get_text().split() == [*title.split(), "the", "second", "line"]
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= width * figure.dpi
+
+
 # -------------------------------------------------------------------------------------- progress
 
 
