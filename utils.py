@@ -450,7 +450,9 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: does not exist") from error
+        early = Path(path).name == "best.pt" and Path(path).with_name("last.pt").exists()
+        hint = " yet: the run was stopped in its first epoch, --resume it" if early else ""
+        raise UserError(f"{path}: does not exist{hint}") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: is no checkpoint, or has code in it, which is refused") from error
     except Exception as error:  # torch.load raises many kinds for files that it cannot read

@@ -264,6 +264,15 @@ def test_evaluate_refuses_data_with_other_classes(tmp_path, voc):
     assert not Path("run/scores").exists()
 
 
+def test_a_run_that_was_stopped_in_its_first_epoch_is_told_to_go_on():
+    Path("run").mkdir()
+    Path("run/last.pt").touch()
+    with pytest.raises(utils.UserError, match="run/best.pt: does not exist yet: .*--resume it"):
+        call(evaluate, "run")
+    with pytest.raises(utils.UserError, match="run/bets.pt: does not exist$"):
+        call(evaluate, "run/bets.pt")
+
+
 def test_without_a_checkpoint_evaluate_says_how_to_get_one(tmp_path):
     result = run_script("evaluate.py", cwd=tmp_path)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
