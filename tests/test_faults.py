@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -149,18 +147,18 @@ def test_stopped_in_the_middle_of_an_epoch_nothing_is_lost(whole, tmp_path, monk
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(voc, tmp_path, monkeypatch):
-    resource = pytest.importorskip("resource")
+    pytest.importorskip("resource")
     monkeypatch.chdir(tmp_path)
     call(train, *settings(voc, "run", 1))
     before = {name: Path("run", name).read_bytes() for name in ("best.pt", "last.pt", "log.csv")}
-    result = subprocess.run(
-        [sys.executable, REPOSITORY / "train.py", "--resume", "run/last.pt", "--epochs", "3"],
-        capture_output=True,
-        text=True,
-        check=False,
-        # Files cannot grow beyond a megabyte: a write fails half-way, as on a full disk.
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+    # Files cannot grow beyond a megabyte: a write fails half-way, as on a full disk.
+    Path("small_files.py").write_text(
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\nimport data, train, utils\n"
+        "utils.cli(train.main, data.DataError)\n"
     )
+    flags = ("--resume", "run/last.pt", "--epochs", 3)
+    result = run_script(tmp_path / "small_files.py", *flags, cwd=tmp_path)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert {name: Path("run", name).read_bytes() for name in before} == before
     assert not list(Path("run").glob("*.tmp"))
