@@ -39,6 +39,8 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+# Phones take as many pixels as Pillow warns of; twice as many it refuses, and so does `_open`.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 TIMEOUT = 30  # seconds for which a download waits for a silent host
 NAMES = ("shapes", "voc2007", "voc2012")  # data that is drawn, or downloaded
 VOID = 255  # the mask value that counts neither in the loss nor in a score
@@ -60,7 +62,6 @@ VOC_CLASSES = (
     "train", "tvmonitor",
 )
 # fmt: on
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # phones take as many pixels
 BACKGROUNDS = {"background", "void", "unlabeled", "unlabelled", "sky", "other"}
 # ImageNet's, which pretrained encoders expect; as good as any other for training from scratch.
 MEAN = (0.485, 0.456, 0.406)
@@ -357,10 +358,10 @@ def _read_names(path, image_folder, pairs):
 def split_names(root, split, image_folder, pairs):
     """Return the names of the images in a split: those that ImageSets/Segmentation/SPLIT.txt lists.
 
-    A train.txt and val.txt may lie in `root` too, or the images in folders train/ and val/. Where
-    a folder has none of these, about a fifth of its images is for `val`, the
-    others for `train`: of those in default.txt, or else of all that have a mask. An image's side
-    depends on its own name alone, so it stays where it is when others are added.
+    A train.txt and val.txt may lie in `root` too, or the images in folders train/ and val/. Where a
+    folder has none of these, about a fifth of its images is for `val`, the others for `train`: of
+    those in default.txt, or else of all that have a mask. An image's side depends on its own name
+    alone, so it stays where it is when others are added.
     """
     roboflow = (image_folder / ROBOFLOW).exists()
     if roboflow and image_folder != root:  # the split has a folder of its own
@@ -388,7 +389,7 @@ def split_names(root, split, image_folder, pairs):
         names = _read_names(lists["default"], image_folder, pairs)
     else:
         names = [name for name in pairs if pairs[name][1] or roboflow]
-        bare = [name for name in pairs if name not in names]
+        bare = [name for name in pairs if not (pairs[name][1] or roboflow)]
         if bare:
             _say(f"{root}: {len(bare)} images have no PNG mask and are left out, such as {bare[0]}")
     hashes = {hashlib.sha256(os.fsencode(name)).hexdigest(): name for name in names}
@@ -573,7 +574,7 @@ def load_dataset(name, split, size, names=None, load=True):
 
     VOC is data/VOCdevkit/VOC2007 or VOC2012, downloaded where missing. names, load: see `VOC`.
     """
-    if name == NAMES[0]:
+    if name == "shapes":
         return Shapes(split, size)
     if name in NAMES:
         name = download_voc("data", name.removeprefix("voc"), split)
