@@ -55,7 +55,7 @@ class Run:
         """The side of the images that the network is given now."""
         return self.val_set.size  # with affine augmentation, training images are twice as large
 
-    def images(self):
+    def names(self):
         """Return the names of the images of both sets, which a checkpoint keeps."""
         return {"train": self.train_set.names, "val": self.val_set.names}
 
@@ -101,8 +101,8 @@ def train_one_epoch(run, epoch):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
             logits = run.parallel(data.normalize(images))
         loss = criterion(logits, masks, run.weights)
-        if run.processes > 1:
-            loss = loss * share_of_batch(run, masks)
+        if run.processes > 1:  # so that they learn together what one would
+            loss = loss * utils.share_of_batch(pixel_weight(masks, run.weights))
         run.optimizer.zero_grad()
         loss.backward()
         for group in run.optimizer.param_groups:
@@ -114,18 +114,6 @@ def train_one_epoch(run, epoch):
         if run.stop_signal():
             break
     run.loss = utils.over_processes(run.loss)
-
-
-def share_of_batch(run, masks):
-    """Return the factor that makes one process's loss its part of the loss of the whole batch.
-
-    It is the number of processes, over which gradients are averaged, times this one's share of the
-    pixel weight. So N processes learn what one would: exactly, where the loss is a mean over pixels.
-    """
-    own = pixel_weight(masks, run.weights)
-    total = own.clone()
-    distributed.all_reduce(total)  # now the batch's
-    return run.processes * own / total.clamp(min=1e-9)
 
 
 @torch.inference_mode()
@@ -142,8 +130,9 @@ def validate(run):
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
     sums = torch.zeros(2, device=run.device)
     order = torch.arange(len(run.val_set), device=run.val_set.images.device)
-    order = order.split(run.batch_size * run.processes)
-    for indices in utils.progress(order, "validation", run.batch_size * run.processes):
+    more = 4 if run.device.type == "cuda" else 1  # there is room, where no gradients are kept
+    batch_size = more * run.batch_size * run.processes
+    for indices in utils.progress(order.split(batch_size), "validation", batch_size):
         if run.stop_signal():
             break
         indices = indices[run.rank :: run.processes]
@@ -170,8 +159,8 @@ def fit(run):
         size = max(run.size, utils.image_size(args, epoch))
         if size > run.size:
             print(f"images of {size}x{size} from here on", flush=True)
-            sets = load_sets(args, run.device, size, run.images())
-            run.train_set, run.val_set, run.weights = sets
+            run.train_set, run.val_set, run.weights = load_sets(args, run.device, size, run.names())
+            speed_up(run)
         started = time.monotonic()
         train_one_epoch(run, epoch)
         train_seconds = time.monotonic() - started
@@ -238,7 +227,7 @@ def checkpoint_of(run):
         "palette": run.train_set.palette,
         "size": run.size,
         "data": run.args.data,
-        "images": run.images(),
+        "images": run.names(),
         "args": {k: v for k, v in vars(run.args).items() if k not in ("out", "resume")},
         "state_dict": run.average.state_dict(),
         "epoch": len(run.history),
@@ -287,7 +276,6 @@ def finish(run):
     size, epoch, metrics = checkpoint["size"], checkpoint["epoch"], checkpoint["metrics"]
     title = f"{args.model}; validation on split {args.val_split}, void left out"
     utils.curves(out / "curves.png", {args.model: run.history}, title)
-
     dataset = run.val_set
     if dataset.size != size:  # the best epoch had smaller images than the last
         dataset = data.load_dataset(args.data, args.val_split, size, dataset.names)
@@ -307,32 +295,25 @@ def finish(run):
     )
 
 
-def load_sets(args, device, size, images=None):
+def load_sets(args, device, size, names=None):
     """Return (training set, validation set, the classes' weights in the loss, float32 (C,)).
 
-    `images`: the names that a checkpoint keeps. The sets are moved to a CUDA device whose memory
-    each fills no more than a quarter of.
+    `names`: those of the images, as a checkpoint keeps them.
     """
     # Affine augmentation zooms in, so it is given images of twice the size.
     side = size * (2 if args.augment == "affine" else 1)
-    names = images or {"train": None, "val": None}
-    sets = [
-        data.load_dataset(args.data, args.train_split, side, names["train"]),
-        data.load_dataset(args.data, args.val_split, size, names["val"]),
-    ]
-    for dataset in sets:
-        data.require_labels(dataset, learns=dataset is sets[0])
-        if device.type == "cuda":
-            memory = torch.cuda.get_device_properties(device).total_memory
-            if dataset.images.numel() + dataset.masks.numel() < memory / 4:
-                dataset.images, dataset.masks = dataset.images.to(device), dataset.masks.to(device)
-    both = set(sets[0].names) & set(sets[1].names)
+    names = names or {"train": None, "val": None}
+    train_set = data.load_dataset(args.data, args.train_split, side, names["train"], device=device)
+    val_set = data.load_dataset(args.data, args.val_split, size, names["val"], device=device)
+    data.require_labels(train_set)
+    data.require_labels(val_set, learns=False)
+    both = set(train_set.names) & set(val_set.names)
     if both:
         print(f"{len(both)} images are in both splits, so validation flatters: {min(both)}, ...")
-    weights = torch.ones(len(sets[0].classes), device=device)
+    weights = torch.ones(len(train_set.classes), device=device)
     if args.class_weights:
-        weights = data.class_weights(sets[0], args.class_weights).to(device)
-    return *sets, weights
+        weights = data.class_weights(train_set, args.class_weights).to(device)
+    return train_set, val_set, weights
 
 
 def make_model(args, num_classes):
@@ -386,14 +367,14 @@ def settle(args, device):
 
 def set_up(args, resumed, device, rank=0, processes=1):
     """Return the Run that the settings describe, or that goes on from the checkpoint `resumed`."""
-    history = resumed["history"] if resumed else []
     with utils.first_process_first():  # it downloads what is missing
         settle(args, device)
-        # The images never shrink, not even where a run that ended goes on for more epochs.
-        size = utils.image_size(args, min(len(history) + 1, args.epochs))
-        size = max(size, resumed["size"]) if resumed else size
-        sets = load_sets(args, device, size, resumed and resumed.get("images"))
-    train_set, val_set, weights = sets
+        size = utils.image_size(args, 1)
+        if resumed:  # images never shrink, not even where a run that ended goes on for more epochs
+            epoch = min(len(resumed["history"]) + 1, args.epochs)
+            size = max(utils.image_size(args, epoch), resumed["size"])
+        names = resumed and resumed.get("images")
+        train_set, val_set, weights = load_sets(args, device, size, names)
     if resumed and list(train_set.classes) != resumed["classes"]:
         raise data.DataError(f"{args.data}: has other classes than the run that is to go on")
     args.data = str(train_set.root or args.data)  # so that it is found from any folder
@@ -404,14 +385,11 @@ def set_up(args, resumed, device, rank=0, processes=1):
         print("the training set is one image: batch norm knows no other, nor will the network")
 
     torch.manual_seed(args.seed)
-    num_classes = len(train_set.classes)
-    model = models.from_checkpoint(resumed) if resumed else make_model(args, num_classes)
-    utils.to_device(model, device)
+    new = None if resumed else make_model(args, len(train_set.classes))
+    model = utils.to_device(new or models.from_checkpoint(resumed), device)
     average = copy.deepcopy(model).requires_grad_(False)
-    # Fused takes 0.26 to 0.40 of the time on a CPU.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True
-    )
+    # Each step sets its rate. Fused takes 0.26 to 0.40 of the time on a CPU.
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     torch.manual_seed(args.seed + rank)  # each process augments its images differently
     run = Run(
         args=args, out=args.out, device=device, rank=rank, processes=processes,
@@ -424,16 +402,28 @@ def set_up(args, resumed, device, rank=0, processes=1):
         if device.type == "cuda":
             run.model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         run.parallel = nn.parallel.DistributedDataParallel(run.model)
-    if args.compile:
+    speed_up(run)
+    return run
+
+
+def speed_up(run):
+    """Do what --compile asks for: a CUDA graph on one GPU, torch.compile elsewhere."""
+    if not run.args.compile:
+        return
+    if run.device.type == "cuda" and run.processes == 1:
+        run.parallel = run.model  # lets go of the graph for smaller images
+        shape = (run.batch_size, 3, run.size, run.size)
+        run.parallel = utils.cuda_graph(run.model, shape, run.args.amp)
+    else:
         run.model.compile()
         run.average.compile()
-    return run
 
 
 def make_parser():
     """Return the parser of the command line."""
     parser = utils.make_parser(__doc__)
-    number, default = utils.number, "; default: %(default)s"
+    count, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10)
+    default, yes_or_no = "; default: %(default)s", argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("everyday").add_argument
     add("--model", choices=models.MODELS, default="darrennet", help="the network" + default)
@@ -444,9 +434,11 @@ def make_parser():
     add("--cosine", action="store_true", help="anneal the learning rate to 0; default: constant")
     how = "weigh rare classes more in the loss (bare: inverse); default: no"
     add("--class-weights", nargs="?", const="inverse", choices=data.SCHEMES, help=how)
-    add("--size", type=number(int, 32, 4096), default=224, help="side of the images" + default)
+    add(
+        "--size", type=utils.number(int, 32, 4096), default=224, help="side of the images" + default
+    )
     how = "passes over the training images; default: 100, or up to 800 where images grow"
-    add("--epochs", type=number(int, 1, 10**6), metavar="N", help=how)
+    add("--epochs", type=count, metavar="N", help=how)
     add("--out", type=Path, metavar="DIR", help="the run's folder; default: runs/MODEL, numbered")
     how = "go on from this last.pt or run's folder (bare: the newest) with its settings"
     add("--resume", nargs="?", const="newest", metavar="RUN", help=how)
@@ -454,66 +446,35 @@ def make_parser():
     add = parser.add_argument_group("training").add_argument
     add("--init", choices=utils.INITIALIZERS, default="kaiming", help="of new weights" + default)
     how = "start a resnet34_ model's encoder from ImageNet; default: yes"
-    add("--pretrained", action=argparse.BooleanOptionalAction, help=how)
+    add("--pretrained", action=yes_or_no, help=how)
     how = "start from ERFNet's published weights (darrennet) or a checkpoint of this project"
     add("--encoder-weights", metavar="FILE", help=how)
     how = "images grow from a quarter of --size; default: with affine, unless pretrained"
-    add("--progressive", action=argparse.BooleanOptionalAction, help=how)
-    how = "images in a step, over all processes" + default
-    add("--batch-size", type=number(int, 1, 10**5), default=16, metavar="N", help=how)
-    how = "Adam's learning rate; default: 0.001, or 0.002 where images grow"
-    add("--lr", type=number(float, 0, 10), metavar="X", help=how)
+    add("--progressive", action=yes_or_no, help=how)
+    add("--batch-size", type=count, default=16, metavar="N", help="images in a step" + default)
+    add("--lr", type=real, metavar="X", help="of Adam; default: 0.001, or 0.002 where images grow")
     how = "apart from the gradient; default: 0.05, or 0.2 where images grow"
-    add("--weight-decay", type=number(float, 0, 10), metavar="X", help=how)
+    add("--weight-decay", type=real, metavar="X", help=how)
     how = "keep the average of the weights of about 1/(1 - X) steps; 0: the last ones" + default
-    add("--ema", type=number(float, 0, 0.9999), default=0.99, metavar="X", help=how)
+    add("--ema", type=utils.number(float, 0, 0.9999), default=0.99, metavar="X", help=how)
     how = "stop after N epochs without a better validation mIoU; default: never"
-    add("--patience", type=number(int, 1), metavar="N", help=how)
+    add("--patience", type=count, metavar="N", help=how)
     how = "the same seed gives the same weights (on the CPU)" + default
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help=how)
+    add("--seed", type=utils.number(int, 0, 2**63 - 1), default=0, metavar="N", help=how)
     add("--train-split", default="train", metavar="NAME", help="to learn from" + default)
     add("--val-split", default="val", metavar="NAME", help="to score after each epoch" + default)
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps" + default)
-    how = "compute in bfloat16; default: on GPUs and CPUs that are fast at it"
-    add("--amp", action=argparse.BooleanOptionalAction, help=how)
-    add("--compile", action="store_true", help="let torch.compile speed the model up")
+    add("--amp", action=yes_or_no, help="compute in bfloat16; default: where that is fast")
+    how = "faster: the network as a CUDA graph on a GPU, by torch.compile elsewhere"
+    add("--compile", action="store_true", help=how)
     return parser
-
-
-def read_settings(argv):
-    """Return (the settings, the checkpoint to go on from or None).
-
-    A run may go on for more epochs or on another device; what would make it another run is refused.
-    """
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if not args.resume:
-        return args, None
-    path = Path(args.resume)
-    if args.resume == "newest":
-        path = args.out or utils.newest_checkpoint("last.pt")
-    path = path / "last.pt" if path.is_dir() else path
-    checkpoint = utils.load_checkpoint(path)
-    if "trained" not in checkpoint:
-        raise utils.UserError(f"{path}: has no optimizer state; resume from the run's last.pt")
-    if args.out and args.out.resolve() != path.parent.resolve():
-        raise utils.UserError(f"--out {args.out}: a resumed run goes on in {path.parent}")
-    stored = {name: value for name, value in checkpoint["args"].items() if name in vars(args)}
-    parser.set_defaults(**stored | {"out": path.parent})  # what is not typed stays as it was
-    args = parser.parse_args(argv)
-    may_change = {"data", "epochs", "patience", "device", "amp", "compile"}
-    for name in stored.keys() - may_change:
-        if getattr(args, name) != stored[name]:
-            flag = "--" + name.replace("_", "-")
-            raise utils.UserError(f"{path}: was trained with another {flag}; start a new run")
-    return args, checkpoint
 
 
 def main(argv=None):
     """Run the command line; see the top of the file."""
-    args, resumed = read_settings(argv)
+    args, resumed = utils.read_settings(make_parser(), argv)
     with utils.process_group(args.device) as (device, rank, processes):
         run = set_up(args, resumed, device, rank, processes)
         parameters = sum(parameter.numel() for parameter in run.model.parameters())

@@ -15,6 +15,7 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -140,6 +141,18 @@ def over_processes(value, operation="SUM"):
     value = torch.tensor(float(value), dtype=torch.float64)
     distributed.all_reduce(value, getattr(distributed.ReduceOp, operation))
     return value.item()
+
+
+def share_of_batch(weight):
+    """Return the factor that makes one process's loss its part of the loss of the whole batch.
+
+    weight: this process's pixels, a tensor. The factor is the number of processes, over which
+    gradients are averaged, times its share of all pixels. So N processes learn what one would:
+    exactly, where the loss is a mean over pixels.
+    """
+    total = weight.clone()
+    distributed.all_reduce(total)
+    return distributed.get_world_size() * weight / total.clamp(min=1e-9)
 
 
 @contextlib.contextmanager
@@ -313,6 +326,33 @@ def update_average(average, model, steps, decay):
     )
     with torch.no_grad():
         get_ema_multi_avg_fn(min(decay, steps / (steps + 10)))(averages, values, None)
+
+
+def cuda_graph(model, shape, amp):
+    """Return a function that maps images to logits as the model does in training, as a CUDA graph.
+
+    A graph starts all kernels of a pass, forward or backward, at once: started one by one, those of
+    a small network take longer to start than to compute. What the model does is recorded once, so
+    it must do the same for all images. shape: of the batches, the only one that the function takes.
+    Raises UserError for a model that cannot be recorded.
+    """
+    # Recording takes place on a stream of its own, of which PyTorch would warn at the first step.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+    images = torch.zeros(shape, device="cuda").contiguous(memory_format=torch.channels_last)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.cuda.get_rng_state()
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp, cache_enabled=False):
+            # Around the model, whose own `forward` stays as it is.
+            recorded = torch.cuda.make_graphed_callables(
+                nn.Sequential(model.train()), (images,), allow_unused_input=True
+            )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no CUDA graph of the network can be made ({reason}); leave out --compile")
+    model.load_state_dict(before)  # recording took steps, which batch norm's statistics remember
+    torch.cuda.set_rng_state(random)
+    return recorded
 
 
 def match_layouts(optimizer):
@@ -548,6 +588,34 @@ def set_random_state(states, device):
 
 
 # ------------------------------------------------------------------------------ the command line
+
+
+def read_settings(parser, argv):
+    """Return train.py's (settings, checkpoint to go on from or None), as its parser reads argv.
+
+    A run may go on for more epochs or on another device; what would make it another run is refused.
+    """
+    args = parser.parse_args(argv)
+    if not args.resume:
+        return args, None
+    path = Path(args.resume)
+    if args.resume == "newest":
+        path = args.out or newest_checkpoint("last.pt")
+    path = path / "last.pt" if path.is_dir() else path
+    checkpoint = load_checkpoint(path)
+    if "trained" not in checkpoint:
+        raise UserError(f"{path}: has no optimizer state; resume from the run's last.pt")
+    if args.out and args.out.resolve() != path.parent.resolve():
+        raise UserError(f"--out {args.out}: a resumed run goes on in {path.parent}")
+    stored = {name: value for name, value in checkpoint["args"].items() if name in vars(args)}
+    parser.set_defaults(**stored | {"out": path.parent})  # what is not typed stays as it was
+    args = parser.parse_args(argv)
+    may_change = {"data", "epochs", "patience", "device", "amp", "compile"}
+    for name in stored.keys() - may_change:
+        if getattr(args, name) != stored[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{path}: was trained with another {flag}; start a new run")
+    return args, checkpoint
 
 
 def number(kind, low, high=math.inf):

@@ -139,7 +139,11 @@ def row_2(root, folder):
         if compiled == "-":
             continue
         ours = utils.to_device(models.build_model(name), device)
-        ours.compile()
+        if device.type == "cuda":
+            shape = (batch, 3, size, size)
+            ours = utils.cuda_graph(ours, shape, utils.has_fast_bfloat16(device))
+        else:
+            ours.compile()
         faster = bare_steps(ours, batch, size, device, steps)
         what = f"plain step / ours with --compile: {name}, {size}x{size}"
         show(2, what, ratio(plain, faster), f"≥ {compiled}")
@@ -303,11 +307,30 @@ def row_7(root, folder):
         print(f"\n{name}: seconds an image grow with pixels to the power {slope:.2f} (batch 16)\n")
 
 
+def row_8(root, folder):
+    if not torch.cuda.is_available():
+        print("| 8 | train.py's loop / with --compile | not run: there is no CUDA GPU | - | - |")
+        return
+    for name, size in (
+        ("darrennet", 64),
+        ("darrennet", 128),
+        ("darrennet", 224),
+        ("fcn", 64),
+        ("resnet34_unet", 224),
+        ("unet", 224),
+    ):
+        flags = ["--model", name, "--data", root, "--size", size, *FLAGS]
+        flags += ["--no-pretrained"] if models.takes_pretrained(name) else []
+        runs = [make_run(folder / name, *flags, *more) for more in ((), ("--compile",))]
+        measured = ratio(*(epoch_of(run, 12) for run in runs), turns=3)
+        show(8, f"train.py's loop / with --compile: {name}, {size}x{size}", measured, "-")
+
+
 def main():
     """Run the rows asked for, or all."""
-    rows = [row_1, row_2, row_3, row_4, row_5, row_6, row_7]
+    rows = [row_1, row_2, row_3, row_4, row_5, row_6, row_7, row_8]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", type=int, metavar="ROW", help="1 to 7; default: all")
+    parser.add_argument("rows", nargs="*", type=int, metavar="ROW", help="1 to 8; default: all")
     parser.add_argument("--data", required=True, metavar="DIR")
     args = parser.parse_args()
     device = utils.select_device()
@@ -323,7 +346,7 @@ def main():
     print(f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
     print("| row | what | ratio | target | medians |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        for number in args.rows or range(1, 8):
+        for number in args.rows or range(1, 9):
             rows[number - 1](Path(args.data).resolve(), Path(folder))
 
 

@@ -528,6 +528,20 @@ def test_a_step_on_a_gpu_waits_for_no_copy(monkeypatch):
     assert counts[1] <= counts[0] <= 3  # the order of the images, and constants that are kept
 
 
+def test_a_compiled_run_learns_what_another_learns(voc, monkeypatch):
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def without_a_compiler(module):
+        compiled.append(module)
+        compile_module(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_a_compiler)
+    quick_train("--data", voc, "--model", "fcn", "--augment", name="plain", epochs=1)
+    quick_train("--data", voc, "--model", "fcn", "--augment", "--compile", name="run", epochs=1)
+    assert [type(module) for module in compiled] == [models.FCN, models.FCN]
+    assert same_weights(state_of("run/best.pt"), state_of("plain/best.pt"))
+
+
 # -------------------------------------------------------------------- networks of one's own
 
 

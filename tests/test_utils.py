@@ -17,6 +17,32 @@ from torch import nn
 import data
 import utils
 
+# ----------------------------------------------------------------------------------- a CUDA graph
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+def test_a_cuda_graph_learns_what_the_model_itself_learns():
+    def train(graph):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1)
+        model = utils.to_device(nn.Sequential(*layers), torch.device("cuda"))
+        shape = (4, 3, 32, 32)
+        step = utils.cuda_graph(model, shape, amp=False) if graph else model.train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        torch.manual_seed(1)
+        for _ in range(5):
+            images = torch.randn(shape, device="cuda").contiguous(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            step(images).square().mean().backward()
+            optimizer.step()
+        return model.state_dict()
+
+    plain, recorded = train(False), train(True)
+    assert plain["1.num_batches_tracked"] == recorded["1.num_batches_tracked"] == 5
+    for name, value in plain.items():
+        torch.testing.assert_close(recorded[name], value, rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------- scores
 
 
