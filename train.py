@@ -434,9 +434,7 @@ def make_parser():
     add("--cosine", action="store_true", help="anneal the learning rate to 0; default: constant")
     how = "weigh rare classes more in the loss (bare: inverse); default: no"
     add("--class-weights", nargs="?", const="inverse", choices=data.SCHEMES, help=how)
-    add(
-        "--size", type=utils.number(int, 32, 4096), default=224, help="side of the images" + default
-    )
+    add("--size", type=utils.number(int, 32, 4096), default=224, help="the images' side" + default)
     how = "passes over the training images; default: 100, or up to 800 where images grow"
     add("--epochs", type=count, metavar="N", help=how)
     add("--out", type=Path, metavar="DIR", help="the run's folder; default: runs/MODEL, numbered")
