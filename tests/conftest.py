@@ -2,7 +2,6 @@
 
 import json
 import os
-import queue
 import subprocess
 import sys
 import tempfile
@@ -66,50 +65,46 @@ def no_pictures(monkeypatch):
 
 
 class Process:
-    """A script in a process of its own, forked by a worker of tests/prefork.py."""
+    """A script in a process of its own, forked by tests/prefork.py."""
 
-    idle = queue.LifoQueue()
+    server = None
 
     def __init__(self, script, *args, cwd, **environment):
-        try:
-            self.worker = self.idle.get_nowait()
-        except queue.Empty:
+        if not Process.server:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             command = [sys.executable, REPOSITORY / "tests" / "prefork.py"]
-            self.worker = subprocess.Popen(command, **pipes)
+            Process.server = subprocess.Popen(command, **pipes)
         self.folder = tempfile.TemporaryDirectory()
         self.outputs = {name: Path(self.folder.name, name) for name in ("stdout", "stderr")}
         job = {name: str(path) for name, path in self.outputs.items()}
         job |= {"script": str(REPOSITORY / script), "args": [str(arg) for arg in args]}
         job |= {"cwd": str(cwd), "env": environment}
-        self.worker.stdin.write(json.dumps(job) + "\n")
-        self.worker.stdin.flush()
-        self.pid = int(self.worker.stdout.readline())
+        self.pid = self.ask(job)
+
+    def ask(self, question):
+        """Send the server a line, and return its answer."""
+        self.server.stdin.write(json.dumps(question) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
 
     def alive(self):
         """Return whether the process still runs."""
-        try:
-            os.kill(self.pid, 0)
-            return True
-        except ProcessLookupError:
-            return False
+        return self.ask({"pid": self.pid, "wait": False}) is None
 
     def wait(self):
         """Wait for the process to end; return what subprocess.run would."""
-        status = int(self.worker.stdout.readline())
-        self.idle.put(self.worker)
+        status = self.ask({"pid": self.pid, "wait": True})
         texts = {name: path.read_text() for name, path in self.outputs.items()}
         self.folder.cleanup()
         return subprocess.CompletedProcess([], status, **texts)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _end_workers():
+def _end_server():
     yield
-    while not Process.idle.empty():
-        worker = Process.idle.get()
-        worker.stdin.close()
-        worker.wait()
+    if Process.server:
+        Process.server.stdin.close()
+        Process.server.wait()
 
 
 def run_script(script, *args, cwd, **environment):

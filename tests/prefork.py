@@ -1,8 +1,9 @@
 """Run scripts in processes forked from this one, which has imported torch already.
 
 Importing torch takes seconds, and the tests run the scripts a hundred times in processes of their
-own. Reads a job a line from standard input, as JSON, and answers with the new process's id, then
-with its exit status. Nothing is computed here, so no thread of torch's exists when it forks.
+own. Reads lines of JSON from standard input: a job, which is answered with the new process's id, or
+that id again, with whether to wait for the end, which is answered with its exit status, or `null`
+while it runs. Nothing is computed here, so no thread of torch's exists when it forks.
 """
 
 import json
@@ -36,9 +37,18 @@ def run(job):
         os._exit(status)
 
 
+ended = {}
 for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        run(json.loads(line))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    job = json.loads(line)
+    if "script" in job:
+        child = os.fork()
+        if child == 0:
+            run(job)
+        print(child, flush=True)
+        continue
+    child = job["pid"]
+    if child not in ended:
+        done, status = os.waitpid(child, 0 if job["wait"] else os.WNOHANG)
+        if done:
+            ended[child] = os.waitstatus_to_exitcode(status)
+    print(json.dumps(ended.get(child)), flush=True)

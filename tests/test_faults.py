@@ -75,7 +75,7 @@ def wait_for_epochs(process, log, count):
 
 def test_killed_at_random_and_resumed_ends_as_if_it_never_was(voc, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    epochs = 16
+    epochs = 8  # each kill costs one at least
     call(train, *settings(voc, "whole", epochs))
     last_row = utils.load_checkpoint("whole/last.pt")["history"][-1]
     chance = random.Random(time.time_ns())
