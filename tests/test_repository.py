@@ -69,10 +69,16 @@ def test_the_readmes_network_is_a_network():
 )
 def test_links_lead_somewhere(text):
     path = REPOSITORY / text
-    found = re.findall(r"\]\(([^)#\s]+)(#[^)]*)?\)", path.read_text(encoding="utf-8"))
-    for target, _ in found:
-        if not target.startswith("http"):
-            assert (path.parent / target).exists(), target
+    found = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", path.read_text(encoding="utf-8"))
+    for target, heading in found:
+        if target.startswith("http"):
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        if heading:  # GitHub's names of headings: small letters, hyphens for spaces, no other signs
+            lines = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
+            names = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines]
+            assert heading in names, (target, heading)
 
 
 def test_an_older_python_is_told_in_one_line(monkeypatch):
