@@ -43,6 +43,7 @@ from torch.utils.data import Dataset
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 TIMEOUT = 30  # seconds for which a download waits for a silent host
 NAMES = ("shapes", "voc2007", "voc2012")  # data that is drawn, or downloaded
+MODES = ("flip", "affine")  # of `augment`
 VOID = 255  # the mask value that counts neither in the loss nor in a score
 VOID_COLOR = (224, 224, 192)  # VOC's, for void in masks that are coloured instead of indexed
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -55,13 +56,11 @@ LAYOUTS = (
     ("img", "masks_machine"),  # Supervisely
 )
 ROBOFLOW = "_classes.csv"  # lies in a folder that holds images and their NAME_mask.png together
-# fmt: off
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
     "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
     "train", "tvmonitor",
-)
-# fmt: on
+)  # fmt: skip
 BACKGROUNDS = {"background", "void", "unlabeled", "unlabelled", "sky", "other"}
 # ImageNet's, which pretrained encoders expect; as good as any other for training from scratch.
 MEAN = (0.485, 0.456, 0.406)
@@ -137,7 +136,7 @@ def load_mask(path, num_classes, colors=None):
     A palette PNG gives the indices that are stored in it (its colours are only for looking at), a
     grayscale PNG its grey values, and so does an RGB PNG that is all grey. With `colors`,
     {(red, green, blue): class}, an RGB PNG gives the classes of its colours, and so does a palette
-    PNG where `colors` has all that it uses; else an index stands for a colour by its place there.
+    PNG where `colors` has all that it uses; else its index i means the i-th colour there.
     Raises DataError for all else, and for what is neither a class (below num_classes) nor void.
     """
     with _open(path, "image of labels") as file:
@@ -145,15 +144,16 @@ def load_mask(path, num_classes, colors=None):
         if kind == "L PNG" and file.tile[0][3] != "L":
             kind = "2- or 4-bit grayscale PNG"  # Pillow stretches its values to 0 to 255
         labels, is_rgb = np.array(file), kind in ("RGB PNG", "RGBA PNG")
-        if colors and (is_rgb or kind == "P PNG"):
-            rgb = file.convert("RGBA").convert("RGB")  # of transparent palettes too
-            mask, unnamed = _classes_of_colors(rgb, colors)
-            if is_rgb and unnamed:
-                raise DataError(f"{path}: has {unnamed}; name them, or mend the mask")
-            if kind == "P PNG" and not unnamed:  # tools that shrink files put palettes in any order
-                _say(f"{path.parent}: palettes are read by their colours")
-            if not unnamed:
-                return mask
+        by_color = colors and (is_rgb or kind == "P PNG")
+        rgb = file.convert("RGBA").convert("RGB") if by_color else None
+    if by_color:  # of palettes too, which tools put in any order
+        mask, unnamed = _classes_of_colors(rgb, colors)
+        if mask and kind == "P PNG":
+            _say(f"{path.parent}: palettes are read by their colours")
+        if mask:
+            return mask
+        if is_rgb:
+            raise DataError(f"{path}: has {unnamed}; name them, or mend the mask")
     if is_rgb and (labels[..., :3] == labels[..., :1]).all() and (labels[..., 3:] == 255).all():
         labels, kind = labels[..., 0], "L PNG"  # grey three times over, as OpenCV writes it
     if kind == "1 PNG" and not colors:
@@ -178,7 +178,7 @@ def _check_labels(path, labels, num_classes):
         raise DataError(
             f"{path}: has the values {', '.join(map(str, wrong[:5]))} (the first at column {x}, row "
             f"{y}), but the {num_classes} classes are 0 to {num_classes - 1} and void is {VOID}; "
-            "mend the mask or list the classes in classes.txt"
+            "mend the mask, or list all classes in classes.txt, background first"
         )
 
 
@@ -201,7 +201,7 @@ def _classes_of_colors(image, colors):
 def to_tensor(image, size):
     """Return a PIL image, squeezed to size x size, as a uint8 tensor: (3, S, S), or (S, S) for a mask.
 
-    Images are resized with a bilinear filter that covers all pixels, masks by nearest neighbour.
+    Images are resized with an antialiased bilinear filter, masks by nearest neighbour.
     """
     is_image = image.mode == "RGB"
     resampling = Image.Resampling.BILINEAR if is_image else Image.Resampling.NEAREST
@@ -225,15 +225,15 @@ def read_classes(root):
     `__ignore__` is void), else Roboflow's `_classes.csv`; a folder in VOC's layout without any has
     VOC's 21. palette: a list of [red, green, blue]; colors: what `load_mask` takes, or None.
     """
-    if (root / "labelmap.txt").exists():
-        return _read_labelmap(root / "labelmap.txt")
     files = [root / name for name in ("classes.txt", "class_names.txt", ROBOFLOW)]
+    if (root / "labelmap.txt").exists():
+        if files[0].exists():
+            _say(f"{root}: the classes are those of labelmap.txt; classes.txt is not read")
+        return _read_labelmap(root / "labelmap.txt")
     path = next((path for path in files if path.exists()), None)
     if path is None:
         if not (root / "JPEGImages").is_dir():
-            raise DataError(
-                f"{root}: has no classes.txt; list the classes in it, one a line, background first"
-            )
+            raise DataError(f"{root}: has no classes.txt; list the classes, background first")
         return list(VOC_CLASSES), color_map(len(VOC_CLASSES)), None
     classes = [line for line in _read_lines(path) if line != "__ignore__"]
     if path.name == ROBOFLOW:  # value, name
@@ -256,9 +256,8 @@ def _read_labelmap(path):
         match = re.fullmatch(r"(.+):(\d+),(\d+),(\d+)(:[^:]*){0,2}", line)
         rgb = tuple(map(int, match.groups()[1:4])) if match else None
         if not match or max(rgb) > 255 or rgb in names:
-            raise DataError(
-                f"{path}: '{line}' is not name:red,green,blue of 0 to 255, or its colour is taken"
-            )
+            said = f"'{line}' is not name:red,green,blue of 0 to 255, or its colour is taken"
+            raise DataError(f"{path}: {said}")
         names[rgb] = match[1]
     order = sorted(names, key=lambda rgb: names[rgb].lower() != "background")  # it comes first
     if not order or names[order[0]].lower() != "background":
@@ -292,12 +291,14 @@ def _by_name(folder, suffixes):
     return found
 
 
-def find_root(root):
-    """Return the folder of a data set, absolute: `root`, or the VOC in it."""
+def find_root(root, split):
+    """Return the folder of a data set, absolute: `root`, or the VOC in it, or VOC's, downloaded."""
+    if root in NAMES[1:]:
+        root = download_voc("data", root.removeprefix("voc"), split)
     root = Path(root).expanduser().resolve()
     if not root.is_dir():
         what = "is no folder" if root.exists() else "does not exist"
-        raise DataError(f"{root}: {what}; give --data the folder of your data")
+        raise DataError(f"{root}: {what}; give --data a folder, or one of {', '.join(NAMES)}")
     folders = [root / folder / f"VOC{y}" for folder in ("VOCdevkit", "") for y in (2007, 2012)]
     folders = [folder for folder in folders if folder.is_dir()]
     if len(folders) > 1:
@@ -307,7 +308,7 @@ def find_root(root):
 
 def find_folders(root, split):
     """Return the folders of a split's images and masks (one for both where Roboflow wrote it)."""
-    for name in (split, "valid" if split == "val" else ".", "."):
+    for name in (split, "valid", ".") if split == "val" else (split, "."):
         if (root / name / ROBOFLOW).exists():
             return root / name, root / name
     for images, masks in LAYOUTS:
@@ -316,14 +317,13 @@ def find_folders(root, split):
     found = {path.relative_to(root) for path in (*root.glob("*"), *root.glob("*/*"))}
     found = sorted({str(path.with_stem("*") if path.suffix else path) for path in found})
     raise DataError(
-        f"{root}: has {', '.join(found[:8]) or 'nothing'}, but should have images/ and masks/*.png, "
-        "or the folders of VOC, labelme, CVAT, Roboflow or Supervisely (docs/formats.md); rename "
-        "them, save masks as PNG, or give another --data"
+        f"{root}: has {', '.join(found[:8]) or 'nothing'}, but should have images/ and masks/*.png "
+        "(or another layout of docs/formats.md); rename, save masks as PNG, or give another --data"
     )
 
 
 def find_pairs(image_folder, mask_folder):
-    """Return {name: ([images], [masks])} of all images, one of each where all is well; masks left over.
+    """Return ({name: ([images], [masks])}, masks left over); each list has one file if all is well.
 
     The mask of NAME.jpg is NAME.png, NAME_mask.png (Carvana, Roboflow) or NAME.jpg.png (Supervisely).
     """
@@ -338,13 +338,13 @@ def find_pairs(image_folder, mask_folder):
     return pairs, [mask for files in masks.values() for mask in files]
 
 
-def _read_names(path, image_folder, pairs):
+def _read_names(list_path, image_folder, pairs):
     """Return the names of the images that a list means, a line each.
 
     A name may stand there with its ending, with its folder, and with its mask in another column.
     """
     names = []
-    for line in _read_lines(path):
+    for line in _read_lines(list_path):
         found = []
         for text in (line, line.split()[0]):
             text = "/" + unicodedata.normalize("NFC", text.replace("\\", "/"))
@@ -352,7 +352,9 @@ def _read_names(path, image_folder, pairs):
             has_ending = path.suffix.lower() in IMAGE_SUFFIXES
             found.append(str(path.with_suffix("") if has_ending else path))
         names.append(next((name for name in found if name in pairs), found[0]))
-    return names
+    if len(set(names)) < len(names):
+        _say(f"{list_path}: names images more than once, such as {max(names, key=names.count)}")
+    return list(dict.fromkeys(names))
 
 
 def split_names(root, split, image_folder, pairs):
@@ -360,17 +362,15 @@ def split_names(root, split, image_folder, pairs):
 
     A train.txt and val.txt may lie in `root` too, or the images in folders train/ and val/. Where a
     folder has none of these, about a fifth of its images is for `val`, the others for `train`: of
-    those in default.txt, or else of all that have a mask. An image's side depends on its own name
-    alone, so it stays where it is when others are added.
+    those in default.txt, or else of all that have a mask. Which split an image is in depends on its
+    own name alone, so it stays there when others are added, save where a split would be empty.
     """
     roboflow = (image_folder / ROBOFLOW).exists()
     if roboflow and image_folder != root:  # the split has a folder of its own
         return list(pairs)
     folder = root / "ImageSets" / "Segmentation"
-    lists = {path.stem: path for path in sorted(folder.glob("*.txt"))}
-    lists |= {
-        s: root / f"{s}.txt" for s in ("train", "val", "test") if (root / f"{s}.txt").exists()
-    }
+    beside = [root / f"{name}.txt" for name in ("train", "val", "test")]
+    lists = {path.stem: path for path in sorted(folder.glob("*.txt")) + beside if path.exists()}
     if split in lists:
         names = _read_names(lists[split], image_folder, pairs)
         if not names:
@@ -383,7 +383,8 @@ def split_names(root, split, image_folder, pairs):
         found = f"; beside it lie {', '.join(lists)}" if lists else ""
         if root.name in ("VOC2007", "VOC2012"):
             found += f"; --data {root.name.lower()} downloads VOC's own"
-        path = folder / f"{split}.txt"
+        beside = lists.get("train") or lists.get("val") or folder / "train.txt"
+        path = beside.with_name(f"{split}.txt")
         raise DataError(f"{path}: does not exist; it should list the split's images{found}")
     if "default" in lists:
         names = _read_names(lists["default"], image_folder, pairs)
@@ -399,10 +400,8 @@ def split_names(root, split, image_folder, pairs):
     few = sum(digest < "33" for digest in order)  # a fifth of ff; neither side is left empty
     few = min(max(few, 1), len(order) - 1)
     chosen = sorted(hashes[digest] for digest in (order[:few] if split == "val" else order[few:]))
-    _say(
-        f"{root} has no list of its splits: {split} is {len(chosen)} of its {len(order)} images, "
-        "chosen by their names, the same ones every time"
-    )
+    some = f"{len(chosen)} of {len(order)} images, by their names, the same every time"
+    _say(f"{root} has no list of its splits: {split} is {some}")
     return chosen
 
 
@@ -419,7 +418,7 @@ class VOC(Dataset):
     """
 
     def __init__(self, root, split="train", size=224, names=None, load=True):
-        self.root, self.split, self.size = find_root(root), split, size
+        self.root, self.split, self.size = find_root(root, split), split, size
         self.image_folder, mask_folder = find_folders(self.root, split)
         roboflow = self.image_folder == mask_folder
         home = self.image_folder if roboflow else self.root
@@ -431,19 +430,19 @@ class VOC(Dataset):
         known = [self.pairs.get(name, ([], [])) for name in self.names]
         if rest and all(images for images, _ in known):  # else a missing image is an error
             _say(f"{mask_folder}: {len(rest)} masks have no image, such as {rest[0].name}")
-        blank = [name for name, (images, masks) in zip(self.names, known) if images and not masks]
+        blank = {name for name, (images, masks) in zip(self.names, known) if images and not masks}
         # CVAT and Roboflow write no mask for an image that shows nothing but background.
         writes_none = (roboflow or self.colors) and is_background(self.classes[0])
         if not writes_none or len(blank) == len(self):
-            blank = []
+            blank = set()  # these masks are missing: `read` will say so
         if blank:
-            some = f"{len(blank)} of {len(self)} images, such as {blank[0]},"
+            some = f"{len(blank)} of {len(self)} images, such as {min(blank)},"
             _say(f"{self.root}: split {split}: {some} have no mask: they are all background")
         self.image_paths, self.mask_paths = [], []  # which need not exist; None for a blank mask
         for name, (images, masks) in zip(self.names, known):
             self.image_paths += images[:1] or [self.image_folder / f"{name}.jpg"]
             expected = mask_folder / f"{name}{'_mask' if roboflow else ''}.png"
-            self.mask_paths += masks[:1] or [None if images and blank else expected]
+            self.mask_paths += masks[:1] or [None if name in blank else expected]
         self.images = self.masks = None
         if load:
             self.load()
@@ -575,8 +574,6 @@ def load_dataset(name, split, size, names=None, load=True, device=None):
     VOC is data/VOCdevkit/VOC2007 or VOC2012, downloaded where missing. names, load: see `VOC`. It
     is moved to a CUDA device of whose memory it fills no more than a quarter.
     """
-    if name in NAMES[1:]:
-        name = download_voc("data", name.removeprefix("voc"), split)
     dataset = Shapes(split, size) if name == "shapes" else VOC(name, split, size, names, load)
     if device and device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -656,7 +653,7 @@ def fetch(dataset, indices, device):
     cuda = device.type == "cuda"
     if cuda and not images.is_cuda:
         images, masks = images.pin_memory(), masks.pin_memory()
-    # On CUDA alone such a copy is sure to be done before the tensor is used.
+    # A copy that nobody waits for is safe on CUDA alone, where the kernels queue behind it.
     return [tensor.to(device, non_blocking=cuda) for tensor in (images, masks)]
 
 
@@ -669,10 +666,10 @@ def _channels(values, device):
 
 
 def normalize(images):
-    """Return uint8 images (N, 3, H, W), 0 to 255, as float32 with ImageNet's mean 0 and deviation 1."""
+    """Return uint8 images (N, 3, H, W) as float32, less ImageNet's mean, over its deviation."""
     mean, std = _channels(MEAN, images.device), _channels(STD, images.device)
     normalized = (images / 255 - mean) / std
-    # In the layout of the weights (utils.to_device), or else part of the network's maps go without.
+    # In the layout of the weights (utils.to_device), which else part of the network would not have.
     apple = images.device.type == "mps"
     layout = torch.contiguous_format if apple else torch.channels_last
     return normalized.contiguous(memory_format=layout)
@@ -707,8 +704,8 @@ def augment(images, masks, mode="affine", size=None):
 def random_matrices(n, mode, aspect, device):
     """Return n random transforms of `augment`'s mode, float32 (n, 2, 3).
 
-    Each takes a point of the output to the input point that it shows: mirror, then shear, rotate,
-    stretch and zoom, then shift, in coordinates from -1 to 1 across a picture whose width is
+    Each takes a point of the output to the input point that it shows: mirror and stretch, then
+    shear, rotate, zoom and shift, in coordinates from -1 to 1 across a picture whose width is
     `aspect` times its height. Raises ValueError for an unknown mode.
     """
 
@@ -730,7 +727,9 @@ def random_matrices(n, mode, aspect, device):
         reach = (1 - 1 / zoom).abs() + 0.25  # an image is 2 wide here: an eighth over the edge
         shift_x, shift_y = uniform(-1, 1) * reach, uniform(-1, 1) * reach
     elif mode != "flip":
-        raise ValueError(f"no augmentation is called '{mode}'; choose from flip, affine")
+        raise ValueError(f"no augmentation is called '{mode}'; choose from {', '.join(MODES)}")
+    # With x in units of the height, from right to left:
+    # shift + 1 / zoom * [cos -sin; sin cos] * [1 shear; 0 1] * [mirror_x * stretch 0; 0 mirror_y]
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     mirror_x = mirror_x * stretch
     first = [mirror_x * cos, mirror_y * (shear * cos - sin) / aspect, shift_x]
@@ -759,9 +758,13 @@ def class_counts(dataset):
 
 
 def require_labels(dataset, learns=True):
-    """Raise DataError where masks have nothing that a network could learn, or be scored by."""
+    """Raise DataError where masks have nothing that a network could learn, or be scored by.
+
+    learns: whether the set is for training, where background alone will not do.
+    """
     where = f"{dataset.root}: split {dataset.split}"
-    counts = class_counts(dataset).sum(0)
+    each = class_counts(dataset)
+    counts = each.sum(0)
     if not counts.any():
         raise DataError(f"{where} has no pixel with a label: its masks are all void ({VOID})")
     if not counts[1:].any() and (learns or (dataset.masks == VOID).any()):
@@ -770,6 +773,10 @@ def require_labels(dataset, learns=True):
             f"{where}: the masks have nothing but {dataset.classes[0]} (0) and perhaps void ({VOID}) "
             f"at {size}: no object, or one that is marked with {VOID}, which should be 1"
         )
+    bare = (dataset.masks == VOID).flatten(1).any(1).cpu() & (each[:, 1:].sum(1) == 0)
+    if learns and bare.any():
+        some = f"{bare.sum()} masks, such as that of {dataset.names[bare.int().argmax()]},"
+        _say(f"{where}: {some} have 0 and {VOID} alone: void, or an object that should be 1?")
 
 
 SCHEMES = ("inverse", "median", "enet")
@@ -820,6 +827,7 @@ def look_over(dataset):
         full[index] = torch.tensor(mask.histogram())
         dataset.masks[index] = to_tensor(mask, size)
         with Image.open(dataset.image_paths[index]) as file:
+            # `read` refuses a quarter turn that the mask lacks; not half a turn, or a mirror.
             if file.getexif().get(0x0112, 1) > 1 and file.size == image.size:
                 turned.append(dataset.names[index])
     print(f"\n{dataset.root}: split {dataset.split}, {n} images, at {size}x{size}")
@@ -828,11 +836,11 @@ def look_over(dataset):
     require_labels(dataset, learns=dataset.split == "train")
     counts = class_counts(dataset)
     print(f"{'class':<16}{'images':>8}{'% pixels':>10}")
-    for name, pixels, before in zip(classes, counts.T, full.T):
-        few = ((before > 0) & (pixels == 0)).sum()
-        remark = f"  vanishes from {few} of {(before > 0).sum()}: a larger --size keeps more"
-        share = 100 * pixels.sum() / counts.sum()
-        print(f"{name:<16}{(pixels > 0).sum():>8}{share:>10.3f}{remark if few else ''}")
+    for name, now, before in zip(classes, counts.T, full.T):
+        shown, lost = (now > 0).sum(), ((before > 0) & (now == 0)).sum()  # images
+        remark = f"  vanishes from {lost} of {(before > 0).sum()}: a larger --size keeps more"
+        share = 100 * now.sum() / counts.sum()
+        print(f"{name:<16}{shown:>8}{share:>10.3f}{remark if lost else ''}")
     print(f"void: {(dataset.masks == VOID).float().mean():.1%} of all pixels")
     if not is_background(classes[0]):
         print(f"class 0 is {classes[0]}; if 0 is background, list it as the first class")
@@ -842,9 +850,7 @@ def look_over(dataset):
         several = f"{len(bare)} masks, such as that of {bare[0]}, have"
         print(f"{several} 0 and {VOID} alone: void, or an object that should be 1?")
     if turned:
-        print(
-            f"EXIF data turn or mirror {len(turned)} images, such as {turned[0]}: do the masks fit?"
-        )
+        print(f"EXIF data turn or mirror {len(turned)} images, such as {turned[0]}: do masks fit?")
     return errors
 
 
@@ -861,11 +867,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     sets, errors = [], []
     for split in args.splits:
-        root = args.data
-        if root in NAMES[1:]:
-            root = download_voc("data", root.removeprefix("voc"), split)
         try:
-            sets.append(VOC(root, split, args.size, load=False))
+            sets.append(VOC(args.data, split, args.size, load=False))
             errors += [f"{split}: {line}" for line in look_over(sets[-1])]
         except DataError as error:
             errors.append(f"{split}: {error}")

@@ -27,14 +27,14 @@ import models
 import utils
 
 # Settings that say where and how fast a run was made, not what it learned from.
-NOT_COMPARED = {"model", "size", "data", "out", "resume", "device", "amp", "compile", "workers"}
+NOT_COMPARED = {"model", "size", "data", "out", "resume", "device", "amp", "compile"}
 
 
 def parse_args(argv=None):
     """Return the settings."""
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
-    how = "or a run's folder; several are compared; default: the newest run's best.pt"
+    how = "or a run's folder; several are compared; default: best.pt of the newest run in runs/"
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help=how)
     add("--data", help="as for train.py; default: what it was trained on")
     add("--split", help="default: the one that the run was validated on, and the same images")
@@ -97,9 +97,7 @@ def load_split(path, checkpoint, about, args):
     source, split, names = about["data"], about["split"], None
     if not args.data:
         if source not in data.NAMES and not Path(source).is_dir():
-            raise utils.UserError(
-                f"{path}: was trained on {source}, which is not there; give --data"
-            )
+            raise utils.UserError(f"{path}: was trained on {source}, which is gone; give --data")
         if split == checkpoint.get("args", {}).get("val_split"):
             names = checkpoint.get("images", {}).get("val")  # the folder's lists may have changed
     dataset = data.load_dataset(source, split, about["size"], names)
@@ -109,12 +107,10 @@ def load_split(path, checkpoint, about, args):
             f"{path}: was trained on {len(own)} classes ({', '.join(own[:3])}, ...), but {source} "
             f"has {len(found)} ({', '.join(found[:3])}, ...); give the --data it was trained on"
         )
-    unknown = [name for name in args.images or () if name not in dataset.names]
-    if unknown:
+    name = next((name for name in args.images or () if name not in dataset.names), None)
+    if name:
         some = ", ".join(dataset.names[:4])
-        raise utils.UserError(
-            f"--images: split {split} has no image '{unknown[0]}'; it has {some}, ..."
-        )
+        raise utils.UserError(f"--images: split {split} has no image '{name}'; it has {some}, ...")
     return dataset
 
 
@@ -140,10 +136,8 @@ def label(model, images, device, size, tta=False):
     return utils.segment(model, data.normalize(images.to(device)), size, tta)[0].cpu()
 
 
-def score_checkpoint(path, out, args, device):
+def score_checkpoint(path, checkpoint, about, out, args, device):
     """Return (metrics, confusion matrix of each image, model, data set) of one checkpoint."""
-    checkpoint = utils.load_checkpoint(path)
-    about = describe(path, checkpoint, args)
     dataset = load_split(path, checkpoint, about, args)
     model = utils.to_device(models.from_checkpoint(checkpoint), device)
     utils.make_folder(out)  # fails before the work where it cannot be written to
@@ -155,8 +149,6 @@ def score_checkpoint(path, out, args, device):
         where = f"{about['data']}: split {about['split']}"
         raise utils.UserError(f"{where} is void throughout: nothing can be scored")
     values = [None if math.isnan(value) else value for value in utils.iou(cm).tolist()]
-    if "images" not in checkpoint and about["data"] not in data.NAMES and not args.data:
-        print(f"{path}: is of an older version: which images it was trained on is not known")
     trained_on = set(checkpoint.get("images", {}).get("train", ())) & set(dataset.names)
     if trained_on:
         some = f"{len(trained_on)} of these {len(dataset)} images"
@@ -249,8 +241,8 @@ def format_comparison(results):
     keys = sorted(set().union(*every) - NOT_COMPARED)
     keys = [key for key in keys if len({str(settings.get(key)) for settings in every}) > 1]
     lines = [
-        "| run | model | size | parameters | mIoU | accuracy | best | worst | images/s | flags |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | --- |",
+        "| run | model | size | parameters | epoch | mIoU | accuracy | best | worst | images/s | flags |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- | ---: | --- |",
     ]
     for (name, metrics), settings in zip(results.items(), every):
         iou = {label: value for label, value in metrics["iou"].items() if value is not None}
@@ -259,28 +251,31 @@ def format_comparison(results):
         flags = [f"--{k.replace('_', '-')} {settings[k]}".removesuffix(" True") for k in given]
         lines.append(
             f"| {name} | {metrics['model']} | {metrics['size']} | {metrics['parameters']:,} "
+            f"| {metrics['epoch']} of {settings.get('epochs', '?')} "
             f"| {metrics['mean_iou']:.4f} | {metrics['pixel_accuracy']:.1%} | {best} | {worst} "
             f"| {metrics['images_per_second']:.1f} | {' '.join(flags) or '-'} |"
         )
     return "\n".join(lines)
 
 
-def compare(paths, out, args, device):
+def compare(paths, checkpoints, evaluations, out, args, device):
     """Score several checkpoints; print their table, write metrics.json and the figures."""
     results, rows, histories = {}, {}, {}
     full = [path.resolve() for path in paths]
     names = [f"{path.parent.name}/{path.stem}".removesuffix("/best") for path in full]
     if len(set(names)) < len(set(full)):
         names = list(map(str, paths))
-    for name, path in zip(names, paths):
+    for name, path, *loaded in zip(names, paths, checkpoints, evaluations):
         print(f"{path} ...", flush=True)
-        results[name], _, model, dataset = score_checkpoint(path, out, args, device)
+        results[name], _, model, dataset = score_checkpoint(path, *loaded, out, args, device)
         if not rows:  # the first checkpoint's images and size are what the figure shows
-            first, shown = dataset, torch.linspace(0, len(dataset) - 1, min(6, len(dataset)))
-            shown = [first.names.index(n) for n in args.images or ()] or shown.int().tolist()
+            first, spread = dataset, torch.linspace(0, len(dataset) - 1, min(6, len(dataset)))
+            shown = [first.names.index(n) for n in args.images or ()] or spread.int().tolist()
             images, rows["truth"] = first[shown]
         if dataset.classes != first.classes or dataset.names != first.names:
-            raise utils.UserError(f"{path}: is scored on other images than {paths[0]}; say --split")
+            raise utils.UserError(
+                f"{path}: has other images than {paths[0]}; say --data or --split"
+            )
         title = f"{name}\nmIoU {results[name]['mean_iou']:.4f}"
         rows[title] = label(model, dataset[shown][0], device, images.shape[-2:], args.tta)
         if (path.parent / "log.csv").exists():
@@ -302,8 +297,7 @@ def compare(paths, out, args, device):
 def main(argv=None):
     """Run the command line; see the top of the file."""
     args = parse_args(argv)
-    paths = utils.expand(args.checkpoints) or [utils.newest_checkpoint()]
-    paths = [path / "best.pt" if path.is_dir() else path for path in paths]
+    paths = [utils.find_checkpoint(path) for path in utils.expand(args.checkpoints) or [None]]
     device = utils.select_device(args.device)
     # All are read first, so that a wrong name among them is found before the first is scored.
     checkpoints = [utils.load_checkpoint(path) for path in paths]
@@ -316,8 +310,9 @@ def main(argv=None):
     wanted = Path("comparison") if several else wanted
     out = utils.free_folder(args.out, wanted, lambda f: other_scores(f, evaluations))
     if several:
-        return compare(paths, out, args, device)
-    metrics, matrices, model, dataset = score_checkpoint(path, out, args, device)
+        return compare(paths, checkpoints, evaluations, out, args, device)
+    loaded = path, checkpoints[0], evaluations[0]
+    metrics, matrices, model, dataset = score_checkpoint(*loaded, out, args, device)
     print(f"{path}: {metrics['model']}, epoch {metrics['epoch']}")
     print(f"{len(dataset)} images of split {metrics['split']} of {metrics['data']}")
     print(f"{metrics['protocol']}\n")

@@ -55,7 +55,7 @@ def fcn_encoder():
 
 
 def fcn_decoder(num_classes):
-    """The baseline's five layers up, back to the image's size, and its 1x1 classifier (Table 5 too)."""
+    """The baseline's five layers up, back to the image's size, and its 1x1 classifier; also Table 5."""
     return nn.Sequential(
         up(512, 512),
         up(512, 256),
@@ -152,20 +152,15 @@ class DarrenNetEncoder(nn.Module):
         super().__init__()
         shallow, deep = dropout
         self.initial_block = Downsampler(3, 16)
-        self.layers = nn.ModuleList(
-            [
-                Downsampler(16, 64),
-                *(NonBottleneck1d(64, shallow) for _ in range(5)),
-                Downsampler(64, 128),
-                *(NonBottleneck1d(128, deep, dilation) for dilation in (2, 4, 8, 16, 2, 4, 8, 16)),
-            ]
+        self.layers = nn.Sequential(
+            Downsampler(16, 64),
+            *(NonBottleneck1d(64, shallow) for _ in range(5)),
+            Downsampler(64, 128),
+            *(NonBottleneck1d(128, deep, dilation) for dilation in (2, 4, 8, 16, 2, 4, 8, 16)),
         )
 
     def forward(self, images):
-        x = self.initial_block(images)
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        return self.layers(self.initial_block(images))
 
 
 class DarrenNetDecoder(nn.Module):
@@ -173,22 +168,18 @@ class DarrenNetDecoder(nn.Module):
 
     def __init__(self, num_classes):
         super().__init__()
-        self.layers = nn.ModuleList(
-            [
-                Upsampler(128, 64),
-                NonBottleneck1d(64),
-                NonBottleneck1d(64),
-                Upsampler(64, 16),
-                NonBottleneck1d(16),
-                NonBottleneck1d(16),
-            ]
+        self.layers = nn.Sequential(
+            Upsampler(128, 64),
+            NonBottleneck1d(64),
+            NonBottleneck1d(64),
+            Upsampler(64, 16),
+            NonBottleneck1d(16),
+            NonBottleneck1d(16),
         )
         self.output_conv = nn.ConvTranspose2d(16, num_classes, 2, stride=2)
 
     def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.output_conv(x)
+        return self.output_conv(self.layers(x))
 
 
 class DarrenNet(EncoderDecoder):
@@ -272,7 +263,7 @@ class UNetDecoder(nn.Module):
 
     @staticmethod
     def join(skip, x):
-        """Put a map of the encoder and a doubled one side by side in the channels."""
+        """Join a map of the encoder and a doubled one, cut to its size, in the channels."""
         height, width = skip.shape[-2:]
         return torch.cat([skip, F.relu(x)[..., :height, :width]], dim=1)
 
@@ -369,15 +360,15 @@ def build_model(name, num_classes=21, **options):
     return MODELS[name](num_classes, **options)
 
 
-def check_output(model, num_classes):
-    """Raise ModelError where a network does not map images to logits of their size."""
+def check_output(model, num_classes, size=64):
+    """Raise ModelError where a network does not map images of size x size to logits of that size."""
     with torch.inference_mode():
-        logits = model.eval()(torch.zeros(1, 3, 64, 64))
+        logits = model.eval()(torch.zeros(1, 3, size, size))
     found = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
-    if found != (1, num_classes, 64, 64):
+    if found != (1, num_classes, size, size):
         raise ModelError(
-            f"{type(model).__name__}: makes {found} of an image (1, 3, 64, 64); it should make logits "
-            f"(1, {num_classes}, 64, 64)"
+            f"{type(model).__name__}: makes {found} of an image (1, 3, {size}, {size}); it should make "
+            f"logits (1, {num_classes}, {size}, {size})"
         )
 
 

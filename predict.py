@@ -32,7 +32,7 @@ def parse_args(argv=None):
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    how = "or a run's folder; default: the newest run's best.pt, or else a network in weights/"
+    how = "or a run's folder; default: best.pt of the newest run in runs/, or else one in weights/"
     add("--checkpoint", type=Path, metavar="FILE", help=how)
     how = "default: predictions, or predictions-2 and so on where that holds other predictions"
     add("--out", type=Path, metavar="DIR", help=how)
@@ -61,11 +61,9 @@ def images_in(folder):
     names = [path.name for path in rest if not path.name.startswith(".")]
     kinds = ", ".join(sorted(data.IMAGE_SUFFIXES))
     if names:
-        print(
-            f"{folder}: left out {', '.join(names[:9])}{', ...' if len(names) > 9 else ''}; masks and "
-            f"overlays of other images, folders, and files that are no {kinds} are not segmented "
-            "(convert HEIC to JPEG)"
-        )
+        some = ", ".join(names[:9]) + (", ..." if len(names) > 9 else "")
+        what = f"masks, overlays, folders, and files that are no {kinds} (convert HEIC to JPEG)"
+        print(f"{folder}: left out {some}; not segmented: {what}")
     if not images:
         raise utils.UserError(f"{folder}: has no images ({kinds}) to segment")
     return images
@@ -103,10 +101,10 @@ def other_results(folder, marks):
     """
     for name, mark in marks.items():
         for file in (folder / f"{name}_{kind}.png" for kind in KINDS):
-            found = file.exists() and read_mark(file)
-            if found is None:
+            made = read_mark(file) if file.exists() else mark
+            if made is None:
                 return f"{file}: was not written by predict.py"
-            if found not in (False, mark):
+            if made != mark:
                 return f"{file}: is of another image, of another network or with other flags"
     return None
 
@@ -139,8 +137,7 @@ def say_network(path, checkpoint):
 def main(argv=None):
     """Run the command line; see the top of the file."""
     args = parse_args(argv)
-    network = args.checkpoint or utils.newest_checkpoint(fallback=SHIPPED)
-    network = network / "best.pt" if network.is_dir() else network
+    network = utils.find_checkpoint(args.checkpoint, fallback=SHIPPED)
     checkpoint = utils.load_checkpoint(network)
     say_network(network, checkpoint)
     device = utils.select_device(args.device)
@@ -176,9 +173,8 @@ def main(argv=None):
     if black:
         score = checkpoint["metrics"].get("val_mean_iou", math.nan)
         print(
-            f"{black} of {len(paths)} masks are nothing but {classes[0]}: right where an image shows "
-            f"none of the network's classes. It may miss some: in validation it scored {score:.3f} "
-            f"mIoU, after {checkpoint['epoch']} epochs"
+            f"{black} of {len(paths)} masks are nothing but {classes[0]}: right where no class is to be "
+            f"seen; in validation it scored {score:.3f} mIoU, after {checkpoint['epoch']} epochs"
         )
     if failed < len(paths):
         print(f"sure: the mean probability of the classes chosen; 1/{len(classes)} is a mere guess")

@@ -47,8 +47,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     history: list  # a row of log.csv for each epoch that is done
     step: int = 0  # steps done of the epoch under way
-    loss: float = 0.0  # the sum of those steps' losses
-    caught: list = ()  # signals that ask the run to stop
+    loss: float = 0.0  # the sum of those steps' losses; during an epoch, this process's part of it
+    caught: dict = ()  # signals that ask the run to stop
 
     @property
     def size(self):
@@ -68,7 +68,7 @@ def criterion(logits, masks, weights):
     """Return the loss, a scalar: the mean cross-entropy of the labelled pixels, weighted by class.
 
     logits: float (N, C, H, W); masks: uint8 (N, H, W), classes or void; weights: float (C,).
-    Add a term (Dice, say) to the mean that it returns: training and validation both use it.
+    Add a term (Dice, say, without the void) to that mean: training and validation both use it.
     """
     # The sum divided by hand, because F.cross_entropy's own mean is NaN where all is void.
     total = F.cross_entropy(
@@ -150,7 +150,7 @@ def validate(run):
 
 
 def fit(run):
-    """Train epoch by epoch from where the run is; return the exit status: 0, or 128 + a signal's."""
+    """Train epoch by epoch from where the run is; return the exit status, 0 or 128 + a signal."""
     args, saved = run.args, -math.inf
     if utils.ended(run.history, args.epochs, args.patience):
         print("this run had come to its end; for a longer one, say --epochs N")
@@ -168,7 +168,8 @@ def fit(run):
         signal = run.stop_signal()
         if signal:
             save_last(run)
-            print(f"stopped; go on with  python train.py --resume {run.out / 'last.pt'}")
+            command = f"python train.py --resume {utils.quote(run.out / 'last.pt')}"
+            print(f"stopped; go on with  {command}")
             return 128 + signal
         if not math.isfinite(run.loss + val_loss):
             raise utils.UserError(
@@ -265,7 +266,7 @@ def restore(run, checkpoint):
     run.loss = unfinished["loss"] / run.processes  # the sum of all processes' is kept
     if run.rank == 0:
         utils.set_random_state(checkpoint["random_state"], run.device)
-    else:  # another process's state is not kept: not the same transforms once more
+    else:  # another process's state is not kept; new numbers, so that no transforms are repeated
         torch.manual_seed(run.args.seed + run.rank + 1000 * len(run.history))
 
 
@@ -290,8 +291,8 @@ def finish(run):
         f"best: epoch {epoch}, validation mIoU {metrics['val_mean_iou']:.4f}, "
         f"pixel accuracy {metrics['val_pixel_accuracy']:.1%}\n"
         f"look at    {out / 'curves.png'} and {out / 'samples.png'}\n"
-        f"score it   python evaluate.py {out / 'best.pt'}\n"
-        f"use it     python predict.py IMAGE --checkpoint {out / 'best.pt'}"
+        f"score it   python evaluate.py {utils.quote(out / 'best.pt')}\n"
+        f"use it     python predict.py IMAGE --checkpoint {utils.quote(out / 'best.pt')}"
     )
 
 
@@ -320,12 +321,12 @@ def make_model(args, num_classes):
     """Return a new network. What did not come pretrained is initialised by --init, and said so."""
     options = {"pretrained": args.pretrained} if models.takes_pretrained(args.model) else {}
     model = models.build_model(args.model, num_classes, **options)
-    models.check_output(model, num_classes)
+    models.check_output(model, num_classes, args.size)
     pretrained = getattr(model, "pretrained_parts", ())
     parts = [name for name, _ in model.named_children() if name not in pretrained]
     for name in parts:
         utils.initialize(model.get_submodule(name), args.init)
-    print(f"initialised by --init {args.init}: {', '.join(parts)}", end="")
+    print(f"initialised by --init {args.init}: {', '.join(parts) or 'nothing'}", end="")
     print(f"; pretrained: {', '.join(pretrained)}" if pretrained else "")
     if args.encoder_weights:
         try:
@@ -348,10 +349,10 @@ def settle(args, device):
         args.progressive = from_scratch and args.augment == "affine" and args.size > 64
     defaults = {"epochs": 100, "lr": 1e-3, "weight_decay": 0.05}
     if args.progressive:
-        defaults = {"epochs": args.epochs, "lr": 2e-3, "weight_decay": 0.2}
-        if not args.epochs:
-            count = len(data.load_dataset(args.data, args.train_split, 32, load=False))
-            defaults["epochs"] = utils.growing_epochs(count)
+        defaults = {"epochs": 800, "lr": 2e-3, "weight_decay": 0.2}
+    if args.progressive and args.epochs is None:  # docs/experiments.md, the fifth round
+        count = len(data.load_dataset(args.data, args.train_split, 32, load=False))
+        defaults["epochs"] = round(800 * min(1, math.sqrt(209 / count)))  # 134 for 7,477 images
     filled_in = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     vars(args).update(filled_in)
     if args.progressive and filled_in:
@@ -382,13 +383,13 @@ def set_up(args, resumed, device, rank=0, processes=1):
     if batch_size < processes:
         raise utils.UserError(f"--batch-size is {batch_size} for {processes} processes")
     if len(train_set) == 1:
-        print("the training set is one image: batch norm knows no other, nor will the network")
+        print("the training set is one image: the network will know that image only")
 
     torch.manual_seed(args.seed)
     new = None if resumed else make_model(args, len(train_set.classes))
     model = utils.to_device(new or models.from_checkpoint(resumed), device)
     average = copy.deepcopy(model).requires_grad_(False)
-    options = {"weight_decay": args.weight_decay, "fused": True}  # 0.26 to 0.40 of a CPU's time
+    options = {"weight_decay": args.weight_decay, "fused": True}  # in 0.26 to 0.40 of a CPU's time
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, **options)
     torch.manual_seed(args.seed + rank)  # each process augments its images differently
     run = Run(
@@ -415,6 +416,7 @@ def speed_up(run):
         shape = (run.batch_size, 3, run.size, run.size)
         run.parallel = utils.cuda_graph(run.model, shape, run.args.amp)
     else:
+        print("compiling: the first step at each size takes a minute or more", flush=True)
         run.model.compile()
         run.average.compile()
 
@@ -430,7 +432,7 @@ def make_parser():
     how = "voc2007 or voc2012 (downloaded to data/), shapes (drawn) or a folder" + default
     add("--data", default="voc2007", metavar="NAME|DIR", help=how)
     how = "transform the images at random: flip, or affine (bare); default: no"
-    add("--augment", nargs="?", const="affine", choices=("flip", "affine"), help=how)
+    add("--augment", nargs="?", const="affine", choices=data.MODES, help=how)
     add("--cosine", action="store_true", help="anneal the learning rate to 0; default: constant")
     how = "weigh rare classes more in the loss (bare: inverse); default: no"
     add("--class-weights", nargs="?", const="inverse", choices=data.SCHEMES, help=how)
@@ -450,8 +452,8 @@ def make_parser():
     how = "images grow from a quarter of --size; default: with affine, unless pretrained"
     add("--progressive", action=yes_or_no, help=how)
     add("--batch-size", type=count, default=16, metavar="N", help="images in a step" + default)
-    add("--lr", type=real, metavar="X", help="of Adam; default: 0.001, or 0.002 where images grow")
-    how = "apart from the gradient; default: 0.05, or 0.2 where images grow"
+    add("--lr", type=real, metavar="X", help="of AdamW; default: 0.001; 0.002 where images grow")
+    how = "how strongly weights are pulled to 0; default: 0.05, or 0.2 where images grow"
     add("--weight-decay", type=real, metavar="X", help=how)
     how = "keep the average of the weights of about 1/(1 - X) steps; 0: the last ones" + default
     add("--ema", type=utils.number(float, 0, 0.9999), default=0.99, metavar="X", help=how)

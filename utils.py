@@ -13,7 +13,6 @@ import platform
 import shlex
 import signal
 import sys
-import textwrap
 import time
 import warnings
 from datetime import timedelta
@@ -66,6 +65,7 @@ def cli(main, *user_errors):
             "out of memory": "the GPU's memory is full; try a smaller --batch-size or --size",
             "more than 1 value per channel": "batch norm cannot learn from one value a channel, as "
             "one image gives at this --size; take a larger --batch-size, or --size 64 or more",
+            "C++ compiler": "--compile needs a C++ compiler; install one, or leave it out",
             "closed by peer": "another process failed; see its message",
             "Connection reset": "another process failed; see its message",
         }
@@ -88,17 +88,16 @@ def make_parser(description):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Give a list to which SIGINT and SIGTERM add their number instead of ending the process.
+    """Give a dictionary to which SIGINT and SIGTERM add themselves instead of ending the process.
 
     So that work can end at a good place. A second later another signal ends the process at once;
     sooner it may be the same one again, which torchrun hands on beside the terminal.
     """
-    caught, times = [], []
+    caught = {}  # {a signal's number: when it first came}
 
     def catch(number, frame):
-        caught.append(number)
-        times.append(time.monotonic())
-        if times[-1] - times[0] > 1:
+        caught.setdefault(number, time.monotonic())
+        if time.monotonic() - min(caught.values()) > 1:
             signal.signal(number, before[number])
             signal.raise_signal(number)
 
@@ -146,9 +145,9 @@ def over_processes(value, operation="SUM"):
 def share_of_batch(weight):
     """Return the factor that makes one process's loss its part of the loss of the whole batch.
 
-    weight: this process's pixels, a tensor. The factor is the number of processes, over which
-    gradients are averaged, times its share of all pixels. So N processes learn what one would:
-    exactly, where the loss is a mean over pixels.
+    weight: the sum of the class weights of this process's pixels, a tensor. The factor is the
+    number of processes, over which gradients are averaged, times its share of that of the batch. So
+    N processes learn what one would: exactly, where the loss is a mean over pixels.
     """
     total = weight.clone()
     distributed.all_reduce(total)
@@ -160,7 +159,7 @@ def first_process_first():
     """Let a machine's first process run a block before its others do."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
-        over_processes(0)  # returns when the first has left its block
+        over_processes(0)  # waits: it returns when the first has left its block
     try:
         yield
     finally:  # where it failed, the others are to find that out themselves
@@ -232,7 +231,7 @@ def select_device(name="auto"):
             torch.cuda.set_device(device)  # whose random generator `random_state` is to keep
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:90]
         raise UserError(f"device '{name}' cannot be used here ({reason}); try --device auto")
 
 
@@ -282,14 +281,6 @@ def initialize(model, scheme):
 GROWTH = ((20, 4), (31, 2), (32, 1))
 
 
-def growing_epochs(count):
-    """Return the usual number of epochs for `count` training images that grow: 800 for up to 209.
-
-    With more it falls with their root: 134 for 7,477 (docs/experiments.md, the fifth round).
-    """
-    return round(800 * min(1, math.sqrt(209 / count)))
-
-
 def image_size(args, epoch):
     """Return the side of the images in an epoch, counted from 1; a multiple of 32 while they grow."""
     if not args.progressive:
@@ -324,8 +315,7 @@ def update_average(average, model, steps, decay):
         [t for t in itertools.chain(m.parameters(), m.buffers()) if t.is_floating_point()]
         for m in (average, model)
     )
-    with torch.no_grad():
-        get_ema_multi_avg_fn(min(decay, steps / (steps + 10)))(averages, values, None)
+    get_ema_multi_avg_fn(min(decay, steps / (steps + 10)))(averages, values, None)
 
 
 def cuda_graph(model, shape, amp):
@@ -342,8 +332,9 @@ def cuda_graph(model, shape, amp):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.cuda.get_rng_state()
     try:
+        # Weights that autocast keeps in bfloat16 would be recorded, and not follow the training.
         with torch.autocast("cuda", torch.bfloat16, enabled=amp, cache_enabled=False):
-            # Around the model, whose own `forward` stays as it is.
+            # Around the model, whose own `forward` stays as it is; it may have unused weights.
             recorded = torch.cuda.make_graphed_callables(
                 nn.Sequential(model.train()), (images,), allow_unused_input=True
             )
@@ -377,16 +368,15 @@ def confusion_matrix(pred, mask, num_classes):
     device = pred.device
     if device.type == "mps":  # where bincount is slow, and fails in some versions of PyTorch
         pred, mask = pred.cpu(), mask.cpu()
-    in_range = (
-        0 <= pred.min() and pred.max() < num_classes and 0 <= mask.min() and mask.max() <= 255
-    )
-    if in_range:
-        # Void has a row of its own, cut off at the end: picking out the other pixels first takes
-        # twenty times as long. int32, since bincount's time is mostly that of reading its input.
-        pairs = mask.int() * num_classes + pred.int()
-        counts = torch.bincount(pairs.flatten(), minlength=256 * num_classes).view(256, -1)
-    if not in_range or counts[num_classes:255].any():
-        raise ValueError(f"a label is outside the {num_classes} classes")
+    outside = ValueError(f"a label is outside the {num_classes} classes")
+    if pred.min() < 0 or pred.max() >= num_classes or mask.min() < 0 or mask.max() > 255:
+        raise outside
+    # Void has a row of its own, cut off at the end: picking out the other pixels first takes
+    # twenty times as long. int32, since bincount's time is mostly that of reading its input.
+    pairs = mask.int() * num_classes + pred.int()
+    counts = torch.bincount(pairs.flatten(), minlength=256 * num_classes).view(256, -1)
+    if counts[num_classes:255].any():
+        raise outside
     return counts[:num_classes].to(device)
 
 
@@ -438,7 +428,7 @@ def segment(model, images, size, tta=False):
     The probabilities are brought to `size` (height, width) bilinearly before the best class is
     taken; returns labels, uint8 (N, height, width), and the probability of each, float, alike.
     `tta` averages the probabilities with those of the mirrored image. `model` must be in eval
-    mode. Both evaluate.py and predict.py label pixels with this alone.
+    mode. All three scripts label pixels with this alone.
     """
     probabilities = model(images).float().softmax(1)
     if tta:
@@ -503,33 +493,37 @@ def read_tensors(path):
 def load_checkpoint(path):
     """Return the dictionary that `save_checkpoint` wrote, its tensors on the CPU.
 
-    Its keys are `model` (a name in models.MODELS), `options`, `classes`, `palette`, `size`, `data`,
-    `state_dict`, `epoch` and `metrics`; train.py's last.pt has all that resuming needs besides.
+    Its keys are `model` (a name in models.MODELS), `options`, `classes`, `palette`, `size`,
+    `state_dict`, `epoch` and `metrics`. train.py adds `data`, `images` (names) and `args`
+    (settings), and in last.pt all that resuming needs.
     Raises UserError where the file is missing or is no such checkpoint.
     """
     checkpoint = read_tensors(path)
     needed = {"model", "options", "classes", "palette", "size", "state_dict", "epoch", "metrics"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise UserError(
-            f"{path}: is not a checkpoint of this project; give one that train.py wrote"
-        )
+        raise UserError(f"{path}: is not a checkpoint of this project; give one of train.py's")
     return checkpoint
 
 
-def newest_checkpoint(name="best.pt", runs="runs", fallback=None):
-    """Return the path of the newest run's checkpoint of that name, or else `fallback`.
+def find_checkpoint(given, name="best.pt", fallback=None):
+    """Return a checkpoint's path: of the file or run's folder `given`, else of the newest in runs/.
 
-    Raises UserError where there is neither.
+    Where there is no run it is `fallback`. Raises UserError where there is none of these.
     """
-    found = sorted(Path(runs).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
-    if not found and fallback and fallback.exists():
-        return fallback
-    if not found:
+    if given:
+        return given / name if given.is_dir() else given
+    found = sorted(Path("runs").glob("*/*.pt"), key=lambda path: path.stat().st_mtime)
+    if not found and not fallback:
         raise UserError(
-            f"there is no checkpoint {runs}/*/{name} yet; train one first "
-            "(python train.py --data shapes --size 64 --epochs 12) or name a file"
+            f"there is no checkpoint runs/*/{name} yet; train one first "
+            "(python train.py --data shapes --model fcn --size 64 --epochs 10) or name a file"
         )
-    return found[-1]
+    return found[-1].with_name(name) if found else fallback
+
+
+def quote(path):
+    """Return a path as it can be pasted into a command line."""
+    return f'"{path}"' if " " in str(path) else str(path)
 
 
 def expand(paths):
@@ -598,10 +592,7 @@ def read_settings(parser, argv):
     args = parser.parse_args(argv)
     if not args.resume:
         return args, None
-    path = Path(args.resume)
-    if args.resume == "newest":
-        path = args.out or newest_checkpoint("last.pt")
-    path = path / "last.pt" if path.is_dir() else path
+    path = find_checkpoint(args.out if args.resume == "newest" else Path(args.resume), "last.pt")
     checkpoint = load_checkpoint(path)
     if "trained" not in checkpoint:
         raise UserError(f"{path}: has no optimizer state; resume from the run's last.pt")
@@ -615,6 +606,8 @@ def read_settings(parser, argv):
         if getattr(args, name) != stored[name]:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{path}: was trained with another {flag}; start a new run")
+    if args.cosine and args.epochs != stored["epochs"] and os.environ.get("RANK", "0") == "0":
+        print(f"the learning rate is annealed over {args.epochs} epochs now, so it jumps")
     return args, checkpoint
 
 
@@ -750,11 +743,13 @@ def new_figure(width, height, title):
     """
     if "matplotlib" not in sys.modules:
         os.environ.pop("MPLBACKEND", None)
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a class's name may have $ in it
+
     figure = Figure(figsize=(width, height), layout="constrained")
-    lines = [textwrap.fill(line, int(11 * width)) for line in title.splitlines()]  # letters an inch
-    figure.suptitle("\n".join(lines))
+    figure.suptitle(title, wrap=True)
     return figure
 
 
@@ -772,12 +767,9 @@ def read_log(run):
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    except FileNotFoundError as error:
-        raise UserError(f"{run}: has no log.csv; give folders that train.py filled") from error
-    except (OSError, TypeError, ValueError) as error:
+        best_row(rows)
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is not a log of train.py ({error})") from error
-    if not rows or "val_mean_iou" not in rows[0]:
-        raise UserError(f"{path}: has no epochs yet; train first")
     return rows
 
 
@@ -786,38 +778,27 @@ def curves(path, histories, title):
 
     histories: {name: the rows of the run's log.csv}. The best epoch of each run has a dot.
     """
-    names = [
-        f"{name}: best {best_row(rows)['val_mean_iou']:.4f}" for name, rows in histories.items()
-    ]
-    legend_rows = len(names) if len(names) > 1 else 0
-    figure = new_figure(12, 4.2 + 0.25 * legend_rows, title)
-    from matplotlib.lines import Line2D
-
+    figure = new_figure(12, 4.2 + 0.25 * len(histories), title)
     panels = (
-        ("loss", {"val_loss": "-", "train_loss": ":"}),
+        ("loss (dotted: in training)", {"val_loss": "-", "train_loss": ":"}),
         ("mean IoU, validation", {"val_mean_iou": "-"}),
         ("pixel accuracy, validation", {"val_pixel_accuracy": "-"}),
     )
-    handles = []
     for axes, (label, columns) in zip(figure.subplots(1, len(panels)), panels):
-        for number, rows in enumerate(histories.values()):
-            epochs = [row["epoch"] for row in rows]
-            best = best_row(rows)
+        for (name, rows), color in zip(histories.items(), itertools.cycle(COLORS)):
+            epochs, best = [row["epoch"] for row in rows], best_row(rows)
+            name = f"{name}: best {best['val_mean_iou']:.4f}"
             for column, style in columns.items():
-                color = COLORS[number % len(COLORS)]
-                (line,) = axes.plot(epochs, [row[column] for row in rows], style, color=color)
-            if column == "val_mean_iou":
-                handles.append(line)
-            if label != "loss":
+                values = [row[column] for row in rows]
+                axes.plot(epochs, values, style, color=color, label=name)
+            if len(columns) == 1:
                 axes.plot(best["epoch"], best[column], "o", color=color)
         axes.set(title=label, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        if label == "loss":
-            styles = [Line2D([], [], ls=style, color="black") for style in columns.values()]
-            axes.legend(styles, ["validation", "training"], frameon=False)
-    if len(names) > 1:
-        figure.legend(handles, names, loc="outside lower center", frameon=False)
+    if len(histories) > 1:
+        lines = axes.get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -827,8 +808,12 @@ def samples(path, images, rows, classes, palette, title, captions=()):
     images: uint8 (N, 3, H, W); rows: {name: uint8 masks (N, H, W)}; captions: a line above each
     image. Below the grid, a legend of the classes that appear.
     """
-    height = 2.1 * (1 + len(rows)) + 0.9
-    figure = new_figure(2.1 * len(images), height, title)
+    present = torch.stack(list(rows.values())).unique().tolist()
+    names = [classes[c] if c < len(classes) else "void" for c in present]
+    width = max(6.3, 2.1 * len(images))
+    columns = max(1, int(width / (0.6 + 0.09 * max(map(len, names)))))  # inches of an entry
+    height = 2.1 * (1 + len(rows)) + 0.7 + 0.22 * math.ceil(len(names) / columns)
+    figure = new_figure(width, height, title)
     from matplotlib.patches import Patch
 
     grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
@@ -841,10 +826,7 @@ def samples(path, images, rows, classes, palette, title, captions=()):
         for axes, picture in zip(line, shown):
             axes.imshow(picture, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-    present = torch.stack(list(rows.values())).unique().tolist()
-    names = [classes[c] if c < len(classes) else "void" for c in present]
     colors = colorize(np.array(present), palette) / 255
     handles = [Patch(fc=color, ec="black", label=name) for color, name in zip(colors, names)]
-    columns = min(len(handles), 1 + 4 * len(images) // 3)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=100)

@@ -435,7 +435,7 @@ def test_folders_as_the_tools_export_them(tmp_path, kind, capsys):
     sets = {split: data.VOC(tmp_path, split, 32) for split in ("train", "val")}
     for_val = [name for name in truth if hashlib.sha256(name.encode()).digest()[0] < 51]
     said = capsys.readouterr().err
-    assert f"val is {len(for_val)} of its 10 images, chosen by their names" in said
+    assert f"val is {len(for_val)} of 10 images, by their names" in said
     assert sets["val"].names == for_val and len(sets["train"]) == 10 - len(for_val)
     names = {split: [p.stem for p in dataset.image_paths] for split, dataset in sets.items()}
     assert sorted(names["train"] + names["val"]) == sorted(truth)
@@ -540,8 +540,32 @@ def test_names_are_taken_instead_of_lists_and_nothing_is_decoded_before_load(voc
 def test_the_root_is_absolute_and_must_exist(voc, monkeypatch):
     monkeypatch.chdir(voc.parent)
     assert data.VOC("voc", "val", 32).root == (voc / "VOCdevkit/VOC2007").resolve()
-    with pytest.raises(data.DataError, match=r"/gone: does not exist; give --data the folder"):
+    with pytest.raises(
+        data.DataError, match=r"/gone: does not exist; give --data a folder, or one of shapes"
+    ):
         data.VOC("gone", "val", 32)
+
+
+def test_what_a_folder_leaves_in_doubt_is_said(tmp_path, capsys):
+    write_folder(tmp_path, "cvat")
+    (tmp_path / "classes.txt").write_text("background\nb\na\n")
+    (tmp_path / "train.txt").write_text("a1\na2\na1\n")
+    (tmp_path / "val.txt").write_text("a3\n")
+    assert data.VOC(tmp_path, "train", 32).names == ["a1", "a2"]
+    said = capsys.readouterr().err
+    assert "are those of labelmap.txt; classes.txt is not read" in said
+    assert "train.txt: names images more than once, such as a1" in said
+    (tmp_path / "val.txt").unlink()
+    with pytest.raises(data.DataError, match=rf"{tmp_path}/val.txt: does not exist"):
+        data.VOC(tmp_path, "val", 32)
+
+
+def test_masks_that_may_have_void_for_the_object_are_said_in_training(voc, capsys):
+    dataset = data.VOC(voc, "train", 32)
+    dataset.masks[3] = torch.where(torch.arange(32) < 5, 0, 255).byte()
+    data.require_labels(dataset)
+    said = "1 masks, such as that of train_3, have 0 and 255 alone: void, or an object"
+    assert said in capsys.readouterr().err
 
 
 def test_of_two_vocs_the_one_that_is_taken_is_named(voc, capsys):

@@ -134,6 +134,26 @@ def test_runs_are_numbered_and_the_newest_is_the_default(voc, capsys):
     assert "runs/fcn-2/best.pt" in capsys.readouterr().out
 
 
+def test_the_newest_run_is_the_one_that_was_trained_last(capsys):
+    for name, second in (("old/best.pt", 1), ("old/last.pt", 4), ("new/best.pt", 2)):
+        path = Path("runs", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (second, second))
+    assert utils.find_checkpoint(None) == Path("runs/old/best.pt")  # it was gone on with
+    assert utils.find_checkpoint(None, "last.pt") == Path("runs/old/last.pt")
+    Path("runs/stopped").mkdir()
+    Path("runs/stopped/last.pt").touch()  # in its first epoch: there is no best.pt
+    assert utils.find_checkpoint(None, fallback=Path("w.pt")) == Path("runs/stopped/best.pt")
+
+
+def test_commands_to_paste_are_quoted_and_a_jump_of_the_rate_is_said(voc, capsys):
+    quick_train("--data", voc, "--model", "fcn", "--cosine", name="my run", epochs=1)
+    assert 'python evaluate.py "my run/best.pt"\n' in capsys.readouterr().out
+    call(train, "--resume", "my run", "--epochs", 2)
+    assert "annealed over 2 epochs now, so it jumps" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(voc, monkeypatch):
     quick_train("--model", "fcn", "--data", voc, epochs=1)
     before = Path("run/last.pt").read_bytes()
@@ -750,15 +770,25 @@ def test_the_scripts_import_late_what_is_slow_to_import(tmp_path):
     assert printed.stdout.strip() == "[]"
 
 
+def test_a_network_is_tried_at_the_size_that_it_is_for():
+    conv = (
+        torch.nn.Conv2d(3, 5, 3, stride=2, padding=1),
+        torch.nn.ConvTranspose2d(5, 5, 2, stride=2),
+    )
+    models.check_output(torch.nn.Sequential(*conv), 5, 64)
+    with pytest.raises(models.ModelError, match=r"makes \(1, 5, 76, 76\) .* \(1, 5, 75, 75\)"):
+        models.check_output(torch.nn.Sequential(*conv), 5, 75)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (
             lambda logits: logits[..., ::2, ::2],
-            r"\(1, 21, 32, 32\) .* should make logits \(1, 21, 64",
+            r"\(1, 21, 16, 16\) .* should make logits \(1, 21, 32",
         ),
         (lambda logits: {"out": logits}, r"makes dict of an image"),
-        (lambda logits: logits[:, :5], r"makes \(1, 5, 64, 64\)"),
+        (lambda logits: logits[:, :5], r"makes \(1, 5, 32, 32\)"),
     ],
 )
 def test_a_network_that_makes_something_else_is_refused_in_one_line(voc, monkeypatch, change, said):

@@ -334,14 +334,9 @@ def test_logs_are_read_as_numbers_and_others_refused(tmp_path):
     (tmp_path / "log.csv").write_text("epoch,val_mean_iou\n1,0.25\n2,0.5\n")
     rows = utils.read_log(tmp_path)
     assert rows == [{"epoch": 1, "val_mean_iou": 0.25}, {"epoch": 2, "val_mean_iou": 0.5}]
-    with pytest.raises(utils.UserError, match="nowhere: has no log.csv"):
-        utils.read_log(tmp_path / "nowhere")
-    for text, said in (
-        ("a,b\nc,d\n", "is not a log of"),
-        ("epoch,val_mean_iou\n", "no epochs yet"),
-    ):
+    for text in ("a,b\nc,d\n", "a,b\n1,2\n", "epoch,val_mean_iou\n"):
         (tmp_path / "log.csv").write_text(text)
-        with pytest.raises(utils.UserError, match=f"log.csv: .*{said}"):
+        with pytest.raises(utils.UserError, match="log.csv: is not a log of"):
             utils.read_log(tmp_path)
 
 
@@ -391,6 +386,21 @@ def test_a_long_title_stays_within_a_narrow_figure():
         assert text.get_text().split() == [*title.split(), "the", "second", "line"]
         box = text.get_window_extent()
         assert box.x0 >= 0 and box.x1 <= width * figure.dpi
+
+
+def test_a_narrow_figure_has_its_whole_legend_and_names_as_they_are(tmp_path, monkeypatch):
+    drawn = []
+    make = utils.new_figure
+    monkeypatch.setattr(utils, "new_figure", lambda *args: drawn.append(make(*args)) or drawn[-1])
+    classes = [f"a long $name_{i}$ of a class" for i in range(30)]
+    masks = torch.arange(30, dtype=torch.uint8).repeat(1, 30, 1)
+    images = torch.zeros(1, 3, 30, 30, dtype=torch.uint8)
+    path = tmp_path / "samples.png"
+    utils.samples(path, images, {"truth": masks}, classes, data.color_map(30), "title")
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == classes
+    box, whole = legend.get_window_extent(), drawn[0].bbox
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1 and box.y1 < whole.y1 / 2
 
 
 # -------------------------------------------------------------------------------------- progress
