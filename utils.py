@@ -58,6 +58,9 @@ def cli(main, *user_errors):
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # `| head` has seen enough; nor is there anything to flush at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError, *user_errors) as error:
         message = " ".join(str(error).split())
     except (RuntimeError, ValueError) as error:  # PyTorch has no classes of its own for these
