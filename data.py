@@ -13,6 +13,7 @@ As a script it prints how many images and pixels each class has, what is worth k
 wrong; it exits with 1 where training would refuse the folder.
 """
 
+import collections
 import colorsys
 import contextlib
 import functools
@@ -292,13 +293,13 @@ def _by_name(folder, suffixes):
 
 
 def find_root(root, split):
-    """Return the folder of a data set, absolute: `root`, or the VOC in it, or VOC's, downloaded."""
+    """Return the folder of a data set, absolute: `root`, the VOC in it, or a VOC to download."""
     if root in NAMES[1:]:
         root = download_voc("data", root.removeprefix("voc"), split)
     root = Path(root).expanduser().resolve()
     if not root.is_dir():
         what = "is no folder" if root.exists() else "does not exist"
-        raise DataError(f"{root}: {what}; give --data a folder, or one of {', '.join(NAMES)}")
+        raise DataError(f"{root}: {what}; give --data a folder, or one of {', '.join(NAMES[1:])}")
     folders = [root / folder / f"VOC{y}" for folder in ("VOCdevkit", "") for y in (2007, 2012)]
     folders = [folder for folder in folders if folder.is_dir()]
     if len(folders) > 1:
@@ -352,8 +353,9 @@ def _read_names(list_path, image_folder, pairs):
             has_ending = path.suffix.lower() in IMAGE_SUFFIXES
             found.append(str(path.with_suffix("") if has_ending else path))
         names.append(next((name for name in found if name in pairs), found[0]))
-    if len(set(names)) < len(names):
-        _say(f"{list_path}: names images more than once, such as {max(names, key=names.count)}")
+    (name, count), *_ = collections.Counter(names).most_common(1) or [("", 0)]
+    if count > 1:
+        _say(f"{list_path}: names images more than once, such as {name}: each counts once")
     return list(dict.fromkeys(names))
 
 
@@ -384,7 +386,7 @@ def split_names(root, split, image_folder, pairs):
         if root.name in ("VOC2007", "VOC2012"):
             found += f"; --data {root.name.lower()} downloads VOC's own"
         beside = lists.get("train") or lists.get("val") or folder / "train.txt"
-        path = beside.with_name(f"{split}.txt")
+        path = beside.parent / f"{split}.txt"
         raise DataError(f"{path}: does not exist; it should list the split's images{found}")
     if "default" in lists:
         names = _read_names(lists["default"], image_folder, pairs)
@@ -572,7 +574,7 @@ def load_dataset(name, split, size, names=None, load=True, device=None):
     """Return the data set that a script's --data names: `shapes`, `voc2007`, `voc2012` or a folder.
 
     VOC is data/VOCdevkit/VOC2007 or VOC2012, downloaded where missing. names, load: see `VOC`. It
-    is moved to a CUDA device of whose memory it fills no more than a quarter.
+    is moved to a CUDA `device` if it fills less than a quarter of its memory.
     """
     dataset = Shapes(split, size) if name == "shapes" else VOC(name, split, size, names, load)
     if device and device.type == "cuda":
@@ -763,8 +765,7 @@ def require_labels(dataset, learns=True):
     learns: whether the set is for training, where background alone will not do.
     """
     where = f"{dataset.root}: split {dataset.split}"
-    each = class_counts(dataset)
-    counts = each.sum(0)
+    counts = class_counts(dataset).sum(0)
     if not counts.any():
         raise DataError(f"{where} has no pixel with a label: its masks are all void ({VOID})")
     if not counts[1:].any() and (learns or (dataset.masks == VOID).any()):
@@ -773,10 +774,18 @@ def require_labels(dataset, learns=True):
             f"{where}: the masks have nothing but {dataset.classes[0]} (0) and perhaps void ({VOID}) "
             f"at {size}: no object, or one that is marked with {VOID}, which should be 1"
         )
-    bare = (dataset.masks == VOID).flatten(1).any(1).cpu() & (each[:, 1:].sum(1) == 0)
-    if learns and bare.any():
+
+
+def remark_on_void(dataset):
+    """Say which masks have nothing but background and void, which may stand for an object."""
+    each, size = class_counts(dataset), dataset.size
+    bare = (each[:, 1:].sum(1) == 0) & (each[:, 0] < size**2)
+    if bare.any():
         some = f"{bare.sum()} masks, such as that of {dataset.names[bare.int().argmax()]},"
-        _say(f"{where}: {some} have 0 and {VOID} alone: void, or an object that should be 1?")
+        _say(
+            f"{dataset.root}: at {size}x{size} {some} have 0 and {VOID} alone: void, or an object "
+            "that should be 1? data.py looks them over"
+        )
 
 
 SCHEMES = ("inverse", "median", "enet")

@@ -27,7 +27,7 @@ import models
 import utils
 
 # Settings that say where and how fast a run was made, not what it learned from.
-NOT_COMPARED = {"model", "size", "data", "out", "resume", "device", "amp", "compile"}
+NOT_COMPARED = {"model", "size", "data", "out", "resume", "device", "amp", "compile", "epochs"}
 
 
 def parse_args(argv=None):

@@ -130,8 +130,8 @@ def validate(run):
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
     sums = torch.zeros(2, device=run.device)
     order = torch.arange(len(run.val_set), device=run.val_set.images.device)
-    more = 4 if run.device.type == "cuda" else 1  # there is room, where no gradients are kept
-    batch_size = more * run.batch_size * run.processes
+    more = 2 if run.device.type == "cuda" else 1  # there is room, where no gradients are kept
+    batch_size = max(more * run.batch_size, run.processes)
     for indices in utils.progress(order.split(batch_size), "validation", batch_size):
         if run.stop_signal():
             break
@@ -308,6 +308,7 @@ def load_sets(args, device, size, names=None):
     val_set = data.load_dataset(args.data, args.val_split, size, names["val"], device=device)
     data.require_labels(train_set)
     data.require_labels(val_set, learns=False)
+    data.remark_on_void(train_set)
     both = set(train_set.names) & set(val_set.names)
     if both:
         print(f"{len(both)} images are in both splits, so validation flatters: {min(both)}, ...")
@@ -321,7 +322,7 @@ def make_model(args, num_classes):
     """Return a new network. What did not come pretrained is initialised by --init, and said so."""
     options = {"pretrained": args.pretrained} if models.takes_pretrained(args.model) else {}
     model = models.build_model(args.model, num_classes, **options)
-    models.check_output(model, num_classes, args.size)
+    models.check_output(model, num_classes, 64 + args.size % 32)
     pretrained = getattr(model, "pretrained_parts", ())
     parts = [name for name, _ in model.named_children() if name not in pretrained]
     for name in parts:
@@ -412,7 +413,7 @@ def speed_up(run):
     if not run.args.compile:
         return
     if run.device.type == "cuda" and run.processes == 1:
-        run.parallel = run.model  # lets go of the graph for smaller images
+        run.parallel = run.model  # not the graph for smaller images
         shape = (run.batch_size, 3, run.size, run.size)
         run.parallel = utils.cuda_graph(run.model, shape, run.args.amp)
     else:
@@ -467,7 +468,7 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps" + default)
     add("--amp", action=yes_or_no, help="compute in bfloat16; default: where that is fast")
-    how = "faster: the network as a CUDA graph on a GPU, by torch.compile elsewhere"
+    how = "faster: the network as a CUDA graph on one GPU, by torch.compile elsewhere"
     add("--compile", action="store_true", help=how)
     return parser
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import gc
 import glob
 import itertools
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -47,15 +49,17 @@ def cli(main, *user_errors):
     """Call a script's `main`; where the user can mend what went wrong, say so in one line.
 
     UserError, OSError, a full GPU and the further exception classes given end the process with
-    status 2, as argparse's own errors do, Ctrl-C with 130. All others are bugs: they keep their
-    traceback. (data.py and models.py have error classes of their own, since they can be copied out
+    status 2, as argparse's own errors do, Ctrl-C with 130, a closed pipe with 1, without a word. All
+    others are bugs: they keep their traceback. (data.py and models.py have error classes of their own, since they can be copied out
     alone.)
     """
     for stream in (sys.stdout, sys.stderr):  # a file on Windows may know few letters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # `| head` has seen enough; nor is there anything to flush at the exit
@@ -64,11 +68,13 @@ def cli(main, *user_errors):
     except (UserError, OSError, *user_errors) as error:
         message = " ".join(str(error).split())
     except (RuntimeError, ValueError) as error:  # PyTorch has no classes of its own for these
+        compiler = "--compile needs a C++ compiler; install one, or go without it"
         remedies = {
             "out of memory": "the GPU's memory is full; try a smaller --batch-size or --size",
             "more than 1 value per channel": "batch norm cannot learn from one value a channel, as "
             "one image gives at this --size; take a larger --batch-size, or --size 64 or more",
-            "C++ compiler": "--compile needs a C++ compiler; install one, or leave it out",
+            "C++ compiler": compiler,
+            "Compiler: ": compiler,
             "closed by peer": "another process failed; see its message",
             "Connection reset": "another process failed; see its message",
         }
@@ -331,16 +337,19 @@ def cuda_graph(model, shape, amp):
     """
     # Recording takes place on a stream of its own, of which PyTorch would warn at the first step.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+    gc.collect()  # an earlier graph, which refers to itself, keeps its memory until then
     images = torch.zeros(shape, device="cuda").contiguous(memory_format=torch.channels_last)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.cuda.get_rng_state()
     try:
         # Weights that autocast keeps in bfloat16 would be recorded, and not follow the training.
         with torch.autocast("cuda", torch.bfloat16, enabled=amp, cache_enabled=False):
-            # Around the model, whose own `forward` stays as it is; it may have unused weights.
+            # A Sequential around the model: PyTorch replaces the `forward` of what it is given.
             recorded = torch.cuda.make_graphed_callables(
                 nn.Sequential(model.train()), (images,), allow_unused_input=True
             )
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no CUDA graph of the network can be made ({reason}); leave out --compile")
@@ -515,7 +524,8 @@ def find_checkpoint(given, name="best.pt", fallback=None):
     """
     if given:
         return given / name if given.is_dir() else given
-    found = sorted(Path("runs").glob("*/*.pt"), key=lambda path: path.stat().st_mtime)
+    files = [path for kind in ("best", "last") for path in Path("runs").glob(f"*/{kind}.pt")]
+    found = sorted(files, key=lambda path: path.stat().st_mtime)
     if not found and not fallback:
         raise UserError(
             f"there is no checkpoint runs/*/{name} yet; train one first "
@@ -526,7 +536,7 @@ def find_checkpoint(given, name="best.pt", fallback=None):
 
 def quote(path):
     """Return a path as it can be pasted into a command line."""
-    return f'"{path}"' if " " in str(path) else str(path)
+    return str(path) if re.fullmatch(r"[\w./\\:-]+", str(path)) else f'"{path}"'
 
 
 def expand(paths):
@@ -772,7 +782,7 @@ def read_log(run):
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         best_row(rows)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: is not a log of train.py ({error})") from error
+        raise UserError(f"{path}: is not a log of train.py with an epoch in it") from error
     return rows
 
 

@@ -44,6 +44,7 @@ for line in sys.stdin:
         child = os.fork()
         if child == 0:
             run(job)
+        ended.pop(child, None)  # of an earlier process with this id
         print(child, flush=True)
         continue
     child = job["pid"]

@@ -541,7 +541,7 @@ def test_the_root_is_absolute_and_must_exist(voc, monkeypatch):
     monkeypatch.chdir(voc.parent)
     assert data.VOC("voc", "val", 32).root == (voc / "VOCdevkit/VOC2007").resolve()
     with pytest.raises(
-        data.DataError, match=r"/gone: does not exist; give --data a folder, or one of shapes"
+        data.DataError, match=r"/gone: does not exist; give --data a folder, or one of voc2007"
     ):
         data.VOC("gone", "val", 32)
 
@@ -554,7 +554,7 @@ def test_what_a_folder_leaves_in_doubt_is_said(tmp_path, capsys):
     assert data.VOC(tmp_path, "train", 32).names == ["a1", "a2"]
     said = capsys.readouterr().err
     assert "are those of labelmap.txt; classes.txt is not read" in said
-    assert "train.txt: names images more than once, such as a1" in said
+    assert "train.txt: names images more than once, such as a1: each counts once" in said
     (tmp_path / "val.txt").unlink()
     with pytest.raises(data.DataError, match=rf"{tmp_path}/val.txt: does not exist"):
         data.VOC(tmp_path, "val", 32)
@@ -563,8 +563,9 @@ def test_what_a_folder_leaves_in_doubt_is_said(tmp_path, capsys):
 def test_masks_that_may_have_void_for_the_object_are_said_in_training(voc, capsys):
     dataset = data.VOC(voc, "train", 32)
     dataset.masks[3] = torch.where(torch.arange(32) < 5, 0, 255).byte()
-    data.require_labels(dataset)
-    said = "1 masks, such as that of train_3, have 0 and 255 alone: void, or an object"
+    dataset.masks[1] = 0  # background alone is nothing to remark on
+    data.remark_on_void(dataset)
+    said = "at 32x32 1 masks, such as that of train_3, have 0 and 255 alone: void, or an object"
     assert said in capsys.readouterr().err
 
 

@@ -75,7 +75,7 @@ def wait_for_epochs(process, log, count):
 
 def test_killed_at_random_and_resumed_ends_as_if_it_never_was(voc, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    epochs = 8  # each kill costs one at least
+    epochs = 12  # the last kill may come when six are done
     call(train, *settings(voc, "whole", epochs))
     last_row = utils.load_checkpoint("whole/last.pt")["history"][-1]
     chance = random.Random(time.time_ns())
@@ -193,6 +193,19 @@ def test_a_full_gpu_names_the_flags_to_try(capsys, kind):
         utils.cli(full)
     said = capsys.readouterr().err
     assert "--batch-size" in said and "--size" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["InvalidCxxCompiler: No working C++ compiler found", "Compiler: cl is not found."]
+)
+def test_a_missing_compiler_names_the_flag_that_asks_for_it(capsys, said):
+    def compiles():
+        raise RuntimeError(said)  # as torch.compile does, on Linux and on Windows
+
+    with pytest.raises(SystemExit, match="2"):
+        utils.cli(compiles)
+    message = capsys.readouterr().err
+    assert "--compile needs a C++ compiler" in message and len(message.splitlines()) == 1
 
 
 def test_other_errors_keep_their_traceback():

@@ -785,10 +785,10 @@ def test_a_network_is_tried_at_the_size_that_it_is_for():
     [
         (
             lambda logits: logits[..., ::2, ::2],
-            r"\(1, 21, 16, 16\) .* should make logits \(1, 21, 32",
+            r"\(1, 21, 32, 32\) .* should make logits \(1, 21, 64",
         ),
         (lambda logits: {"out": logits}, r"makes dict of an image"),
-        (lambda logits: logits[:, :5], r"makes \(1, 5, 32, 32\)"),
+        (lambda logits: logits[:, :5], r"makes \(1, 5, 64, 64\)"),
     ],
 )
 def test_a_network_that_makes_something_else_is_refused_in_one_line(voc, monkeypatch, change, said):

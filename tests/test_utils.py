@@ -404,10 +404,12 @@ def test_a_narrow_figure_has_its_whole_legend_and_names_as_they_are(tmp_path, mo
 
 
 def test_a_reader_that_has_seen_enough_gets_no_message(tmp_path):
-    code = "import utils\nutils.cli(lambda: [print(n, flush=True) for n in range(9999)])"
+    code = "import utils\nutils.cli(lambda: [print(n) for n in range(9999)])"
     shell = f"{sys.executable} -c '{code}' | head -n 2"
     command = ["sh", "-c", shell]
-    result = subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True, text=True)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    where = {"cwd": REPOSITORY, "env": buffered}
+    result = subprocess.run(command, check=True, capture_output=True, text=True, **where)
     assert result.stdout == "0\n1\n" and result.stderr == ""
 
 
