@@ -604,6 +604,8 @@ def read_settings(parser, argv):
     """
     args = parser.parse_args(argv)
     if not args.resume:
+        if args.encoder_weights and not Path(args.encoder_weights).exists():
+            raise UserError(f"{args.encoder_weights}: does not exist")  # before the data is loaded
         return args, None
     path = find_checkpoint(args.out if args.resume == "newest" else Path(args.resume), "last.pt")
     checkpoint = load_checkpoint(path)
