@@ -353,10 +353,11 @@ def _read_names(list_path, image_folder, pairs):
             has_ending = path.suffix.lower() in IMAGE_SUFFIXES
             found.append(str(path.with_suffix("") if has_ending else path))
         names.append(next((name for name in found if name in pairs), found[0]))
-    (name, count), *_ = collections.Counter(names).most_common(1) or [("", 0)]
-    if count > 1:
+    once = list(dict.fromkeys(names))
+    if len(once) < len(names):
+        name = collections.Counter(names).most_common(1)[0][0]
         _say(f"{list_path}: names images more than once, such as {name}: each counts once")
-    return list(dict.fromkeys(names))
+    return once
 
 
 def split_names(root, split, image_folder, pairs):
@@ -760,12 +761,13 @@ def class_counts(dataset):
 
 
 def require_labels(dataset, learns=True):
-    """Raise DataError where masks have nothing that a network could learn, or be scored by.
+    """Raise DataError where masks have nothing to learn, or to score by; return their class counts.
 
     learns: whether the set is for training, where background alone will not do.
     """
     where = f"{dataset.root}: split {dataset.split}"
-    counts = class_counts(dataset).sum(0)
+    each = class_counts(dataset)
+    counts = each.sum(0)
     if not counts.any():
         raise DataError(f"{where} has no pixel with a label: its masks are all void ({VOID})")
     if not counts[1:].any() and (learns or (dataset.masks == VOID).any()):
@@ -774,12 +776,13 @@ def require_labels(dataset, learns=True):
             f"{where}: the masks have nothing but {dataset.classes[0]} (0) and perhaps void ({VOID}) "
             f"at {size}: no object, or one that is marked with {VOID}, which should be 1"
         )
+    return each
 
 
-def remark_on_void(dataset):
-    """Say which masks have nothing but background and void, which may stand for an object."""
-    each, size = class_counts(dataset), dataset.size
-    bare = (each[:, 1:].sum(1) == 0) & (each[:, 0] < size**2)
+def remark_on_void(dataset, counts):
+    """Say which masks, by their class counts, are background and void, perhaps an object, alone."""
+    size = dataset.size
+    bare = (counts[:, 1:].sum(1) == 0) & (counts[:, 0] < size**2)
     if bare.any():
         some = f"{bare.sum()} masks, such as that of {dataset.names[bare.int().argmax()]},"
         _say(
@@ -842,8 +845,7 @@ def look_over(dataset):
     print(f"\n{dataset.root}: split {dataset.split}, {n} images, at {size}x{size}")
     if errors:
         return errors
-    require_labels(dataset, learns=dataset.split == "train")
-    counts = class_counts(dataset)
+    counts = require_labels(dataset, learns=dataset.split == "train")
     print(f"{'class':<16}{'images':>8}{'% pixels':>10}")
     for name, now, before in zip(classes, counts.T, full.T):
         shown, lost = (now > 0).sum(), ((before > 0) & (now == 0)).sum()  # images

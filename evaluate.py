@@ -197,17 +197,18 @@ def draw_confusion_matrix(path, cm, classes, title):
     shares = (100 * cm.double() / cm.sum(1, keepdim=True)).numpy()  # NaN, left blank, without any
     side = 3 + 0.42 * len(classes)
     title += "\n% of each true class's pixels (rows add up to 100)"
-    figure = utils.new_figure(side, side, title)
-    axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    for (row, column), share in np.ndenumerate(shares):
-        if share >= 0.5:
-            color = "white" if share > 55 else "black"
-            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, size=8)
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="predicted class", ylabel="true class")
-    figure.savefig(path, dpi=100)
+    with utils.drawing(path, side, side, title) as figure:
+        axes = figure.subplots()
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        for (row, column), share in np.ndenumerate(shares):
+            if share >= 0.5:
+                color = "white" if share > 55 else "black"
+                axes.text(
+                    column, row, f"{share:.0f}", ha="center", va="center", color=color, size=8
+                )
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        axes.set(xlabel="predicted class", ylabel="true class")
 
 
 def draw_class_iou(path, values, title):
@@ -215,12 +216,11 @@ def draw_class_iou(path, values, title):
     scored = {name: value for name, value in values.items() if value is not None}
     scored = dict(sorted(scored.items(), key=lambda item: item[1]))
     title += f"\nmean {sum(scored.values()) / len(scored):.3f}"
-    figure = utils.new_figure(8, 1.6 + 0.3 * len(scored), title)
-    axes = figure.subplots()
-    bars = axes.barh(list(scored), list(scored.values()), color="#0072b2")
-    axes.bar_label(bars, [f"{value:.3f}" for value in scored.values()], padding=3)
-    axes.set(xlim=(0, 1), xlabel="IoU")
-    figure.savefig(path, dpi=100)
+    with utils.drawing(path, 8, 1.6 + 0.3 * len(scored), title) as figure:
+        axes = figure.subplots()
+        bars = axes.barh(list(scored), list(scored.values()), color="#0072b2")
+        axes.bar_label(bars, [f"{value:.3f}" for value in scored.values()], padding=3)
+        axes.set(xlim=(0, 1), xlabel="IoU")
 
 
 def format_scores(metrics):

@@ -360,7 +360,7 @@ def build_model(name, num_classes=21, **options):
     return MODELS[name](num_classes, **options)
 
 
-def check_output(model, num_classes, size=64):
+def check_output(model, num_classes, size):
     """Raise ModelError where a network does not map images of size x size to logits of that size."""
     with torch.inference_mode():
         logits = model.eval()(torch.zeros(1, 3, size, size))

@@ -306,9 +306,8 @@ def load_sets(args, device, size, names=None):
     names = names or {"train": None, "val": None}
     train_set = data.load_dataset(args.data, args.train_split, side, names["train"], device=device)
     val_set = data.load_dataset(args.data, args.val_split, size, names["val"], device=device)
-    data.require_labels(train_set)
+    data.remark_on_void(train_set, data.require_labels(train_set))
     data.require_labels(val_set, learns=False)
-    data.remark_on_void(train_set)
     both = set(train_set.names) & set(val_set.names)
     if both:
         print(f"{len(both)} images are in both splits, so validation flatters: {min(both)}, ...")

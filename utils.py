@@ -535,7 +535,7 @@ def find_checkpoint(given, name="best.pt", fallback=None):
 
 
 def quote(path):
-    """Return a path as it can be pasted into a command line."""
+    """Return a path as it can be pasted into a command line, on Windows too (unlike shlex.quote)."""
     return str(path) if re.fullmatch(r"[\w./\\:-]+", str(path)) else f'"{path}"'
 
 
@@ -750,22 +750,23 @@ def class_shares(mask, classes):
     return {classes[c]: counts[c] / counts.sum() for c in order}
 
 
-def new_figure(width, height, title):
-    """Return an empty matplotlib figure, of so many inches, with a title; it asks for no display.
+@contextlib.contextmanager
+def drawing(path, width, height, title):
+    """Give an empty matplotlib figure, of so many inches, with a title; write it to `path` at the end.
 
     matplotlib is imported here, since predict.py needs none of it. A notebook's MPLBACKEND, which
     may name what is not installed, would end that import; a Figure, unlike pyplot, needs no backend.
     """
     if "matplotlib" not in sys.modules:
         os.environ.pop("MPLBACKEND", None)
-    from matplotlib import rcParams
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    rcParams["text.parse_math"] = False  # a class's name may have $ in it
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, wrap=True)
-    return figure
+    with rc_context({"text.parse_math": False}):  # a class's name may have $ in it
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.suptitle(title, wrap=True)
+        yield figure
+        figure.savefig(path, dpi=100)
 
 
 def write_log(run, rows):
@@ -793,28 +794,27 @@ def curves(path, histories, title):
 
     histories: {name: the rows of the run's log.csv}. The best epoch of each run has a dot.
     """
-    figure = new_figure(12, 4.2 + 0.25 * len(histories), title)
     panels = (
         ("loss (dotted: in training)", {"val_loss": "-", "train_loss": ":"}),
         ("mean IoU, validation", {"val_mean_iou": "-"}),
         ("pixel accuracy, validation", {"val_pixel_accuracy": "-"}),
     )
-    for axes, (label, columns) in zip(figure.subplots(1, len(panels)), panels):
-        for (name, rows), color in zip(histories.items(), itertools.cycle(COLORS)):
-            epochs, best = [row["epoch"] for row in rows], best_row(rows)
-            name = f"{name}: best {best['val_mean_iou']:.4f}"
-            for column, style in columns.items():
-                values = [row[column] for row in rows]
-                axes.plot(epochs, values, style, color=color, label=name)
-            if len(columns) == 1:
-                axes.plot(best["epoch"], best[column], "o", color=color)
-        axes.set(title=label, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    if len(histories) > 1:
-        lines = axes.get_legend_handles_labels()
-        figure.legend(*lines, loc="outside lower center", frameon=False)
-    figure.savefig(path, dpi=110)
+    with drawing(path, 12, 4.2 + 0.25 * len(histories), title) as figure:
+        for axes, (label, columns) in zip(figure.subplots(1, len(panels)), panels):
+            for (name, rows), color in zip(histories.items(), itertools.cycle(COLORS)):
+                epochs, best = [row["epoch"] for row in rows], best_row(rows)
+                name = f"{name}: best {best['val_mean_iou']:.4f}"
+                for column, style in columns.items():
+                    values = [row[column] for row in rows]
+                    axes.plot(epochs, values, style, color=color, label=name)
+                if len(columns) == 1:
+                    axes.plot(best["epoch"], best[column], "o", color=color)
+            axes.set(title=label, xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(alpha=0.3)
+        if len(histories) > 1:
+            lines = axes.get_legend_handles_labels()
+            figure.legend(*lines, loc="outside lower center", frameon=False)
 
 
 def samples(path, images, rows, classes, palette, title, captions=()):
@@ -828,20 +828,19 @@ def samples(path, images, rows, classes, palette, title, captions=()):
     width = max(6.3, 2.1 * len(images))
     columns = max(1, int(width / (0.6 + 0.09 * max(map(len, names)))))  # inches of an entry
     height = 2.1 * (1 + len(rows)) + 0.7 + 0.22 * math.ceil(len(names) / columns)
-    figure = new_figure(width, height, title)
-    from matplotlib.patches import Patch
+    with drawing(path, width, height, title) as figure:
+        from matplotlib.patches import Patch
 
-    grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
-    for axes, caption in zip(grid[0], captions):
-        axes.set_title(caption, fontsize=10)
-    pictures = [images.permute(0, 2, 3, 1).numpy()]
-    pictures += [[colorize(mask, palette) for mask in masks] for masks in rows.values()]
-    for line, name, shown in zip(grid, ["image", *rows], pictures):
-        line[0].set_ylabel(name)
-        for axes, picture in zip(line, shown):
-            axes.imshow(picture, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-    colors = colorize(np.array(present), palette) / 255
-    handles = [Patch(fc=color, ec="black", label=name) for color, name in zip(colors, names)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-    figure.savefig(path, dpi=100)
+        grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
+        for axes, caption in zip(grid[0], captions):
+            axes.set_title(caption, fontsize=10)
+        pictures = [images.permute(0, 2, 3, 1).numpy()]
+        pictures += [[colorize(mask, palette) for mask in masks] for masks in rows.values()]
+        for line, name, shown in zip(grid, ["image", *rows], pictures):
+            line[0].set_ylabel(name)
+            for axes, picture in zip(line, shown):
+                axes.imshow(picture, interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+        colors = colorize(np.array(present), palette) / 255
+        handles = [Patch(fc=color, ec="black", label=name) for color, name in zip(colors, names)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)

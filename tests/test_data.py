@@ -564,7 +564,7 @@ def test_masks_that_may_have_void_for_the_object_are_said_in_training(voc, capsy
     dataset = data.VOC(voc, "train", 32)
     dataset.masks[3] = torch.where(torch.arange(32) < 5, 0, 255).byte()
     dataset.masks[1] = 0  # background alone is nothing to remark on
-    data.remark_on_void(dataset)
+    data.remark_on_void(dataset, data.require_labels(dataset))
     said = "at 32x32 1 masks, such as that of train_3, have 0 and 255 alone: void, or an object"
     assert said in capsys.readouterr().err
 

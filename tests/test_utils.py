@@ -376,23 +376,27 @@ def test_curves_and_samples_are_drawn_whatever_backend_a_notebook_asked_for(tmp_
     looks_drawn(tmp_path / "samples.png", 500, 400)
 
 
-def test_a_long_title_stays_within_a_narrow_figure():
+def test_a_long_title_stays_within_a_narrow_figure(tmp_path):
     title = (
         "Images by their own mIoU: fcn, 64x64, split val; own resolution, mirrored images averaged"
     )
     for width in (4.2, 12):
-        figure = utils.new_figure(width, 4, title + "\nthe second line")
-        text = figure._suptitle
-        assert text.get_text().split() == [*title.split(), "the", "second", "line"]
-        box = text.get_window_extent()
-        assert box.x0 >= 0 and box.x1 <= width * figure.dpi
+        with utils.drawing(tmp_path / "a.png", width, 4, title + "\nthe second line") as figure:
+            text = figure._suptitle
+            assert text.get_text().split() == [*title.split(), "the", "second", "line"]
+            box = text.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= width * figure.dpi
 
 
 def test_a_narrow_figure_has_its_whole_legend_and_names_as_they_are(tmp_path, monkeypatch):
-    drawn = []
-    make = utils.new_figure
-    monkeypatch.setattr(utils, "new_figure", lambda *args: drawn.append(make(*args)) or drawn[-1])
-    classes = [f"a long $name_{i}$ of a class" for i in range(30)]
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k)
+    )
+    classes = [f"a long $name_{i}_$ of a class" for i in range(30)]  # no formula
     masks = torch.arange(30, dtype=torch.uint8).repeat(1, 30, 1)
     images = torch.zeros(1, 3, 30, 30, dtype=torch.uint8)
     path = tmp_path / "samples.png"
@@ -401,6 +405,7 @@ def test_a_narrow_figure_has_its_whole_legend_and_names_as_they_are(tmp_path, mo
     assert [text.get_text() for text in legend.get_texts()] == classes
     box, whole = legend.get_window_extent(), drawn[0].bbox
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1 and box.y1 < whole.y1 / 2
+    assert rcParams["text.parse_math"]  # a notebook's own figures are as they were
 
 
 def test_a_reader_that_has_seen_enough_gets_no_message(tmp_path):
