@@ -449,7 +449,7 @@ def make_parser():
     add("--pretrained", action=yes_or_no, help=how)
     how = "start from ERFNet's published weights (darrennet) or a checkpoint of this project"
     add("--encoder-weights", metavar="FILE", help=how)
-    how = "images grow from a quarter of --size; default: with affine, unless pretrained"
+    how = "images grow from a quarter of --size; default: with affine, if --size > 64, not pretrained"
     add("--progressive", action=yes_or_no, help=how)
     add("--batch-size", type=count, default=16, metavar="N", help="images in a step" + default)
     add("--lr", type=real, metavar="X", help="of AdamW; default: 0.001; 0.002 where images grow")

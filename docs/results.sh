@@ -3,17 +3,17 @@
 #     sh docs/results.sh DIR              DIR holds VOCdevkit/VOC2007, with its test split
 #     sh docs/results.sh DIR --compile    the same on a GPU, as CUDA graphs
 # On one core with AMX it takes about 9 hours. A run's scores on val and test go to
-# runs/NAME/scores, by the paper's protocol and at the images' own resolution with void left out.
+# runs/results/NAME/scores, by the paper's protocol and at the images' own resolution with void left out.
 set -e
 data=$1
 more=$2
 run() {
     name=$1
     shift
-    python train.py "$@" --data "$data" --out "runs/$name" $more
+    python train.py "$@" --data "$data" --out "runs/results/$name" $more
     for split in val test; do
-        python evaluate.py "runs/$name/best.pt" --data "$data" --split $split --void-as-background
-        python evaluate.py "runs/$name/best.pt" --data "$data" --split $split
+        python evaluate.py "runs/results/$name/best.pt" --data "$data" --split $split --void-as-background
+        python evaluate.py "runs/results/$name/best.pt" --data "$data" --split $split
     done
 }
 
