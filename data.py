@@ -47,6 +47,8 @@ NAMES = ("shapes", "voc2007", "voc2012")  # data that is drawn, or downloaded
 MODES = ("flip", "affine")  # of `augment`
 VOID = 255  # the mask value that counts neither in the loss nor in a score
 VOID_COLOR = (224, 224, 192)  # VOC's, for void in masks that are coloured instead of indexed
+# What Pillow raises for a file that is broken.
+BROKEN = (OSError, SyntaxError, TypeError, ValueError, EOFError, struct.error, zlib.error)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 # The folders of the images and of their masks, by the tool that writes them.
 LAYOUTS = (
@@ -102,7 +104,7 @@ def _open(path, what):
     except Image.DecompressionBombError as error:
         limit = 2 * Image.MAX_IMAGE_PIXELS
         raise DataError(f"{path}: has more than {limit:,} pixels; shrink it first") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+    except BROKEN as error:
         raise DataError(f"{path}: cannot be read as an {what} ({error}); replace it") from error
 
 
@@ -137,8 +139,9 @@ def load_mask(path, num_classes, colors=None):
     A palette PNG gives the indices that are stored in it (its colours are only for looking at), a
     grayscale PNG its grey values, and so does an RGB PNG that is all grey. With `colors`,
     {(red, green, blue): class}, an RGB PNG gives the classes of its colours, and so does a palette
-    PNG where `colors` has all that it uses; else its index i means the i-th colour there.
-    Raises DataError for all else, and for what is neither a class (below num_classes) nor void.
+    PNG, unless `colors` has none that it uses but background's: then its index i means the i-th
+    colour there. Raises DataError for all else, for colours that `colors` lacks, and for what is
+    neither a class (below num_classes) nor void.
     """
     with _open(path, "image of labels") as file:
         kind = f"{file.mode} {file.format}"
@@ -147,14 +150,9 @@ def load_mask(path, num_classes, colors=None):
         labels, is_rgb = np.array(file), kind in ("RGB PNG", "RGBA PNG")
         by_color = colors and (is_rgb or kind == "P PNG")
         rgb = file.convert("RGBA").convert("RGB") if by_color else None
-    if by_color:  # of palettes too, which tools put in any order
-        mask, unnamed = _classes_of_colors(rgb, colors)
-        if mask and kind == "P PNG":
-            _say(f"{path.parent}: palettes are read by their colours")
-        if mask:
-            return mask
-        if is_rgb:
-            raise DataError(f"{path}: has {unnamed}; name them, or mend the mask")
+    mask = _classes_of_colors(path, rgb, colors, not is_rgb) if by_color else None
+    if mask:
+        return mask
     if is_rgb and (labels[..., :3] == labels[..., :1]).all() and (labels[..., 3:] == 255).all():
         labels, kind = labels[..., 0], "L PNG"  # grey three times over, as OpenCV writes it
     if kind == "1 PNG" and not colors:
@@ -183,20 +181,28 @@ def _check_labels(path, labels, num_classes):
         )
 
 
-def _classes_of_colors(image, colors):
-    """Return (an RGB mask's classes as a PIL image, words on colours that have none, else None)."""
+def _classes_of_colors(path, image, colors, is_palette):
+    """Return an RGB mask's classes as a PIL image; DataError where it has a colour without one.
+
+    None for a palette of which nothing is named, or only background: its indices count then.
+    """
     colors = {VOID_COLOR: VOID} | colors
     counts = {color: count for count, color in image.getcolors(image.width * image.height)}
     unnamed = sorted(counts.keys() - colors, key=counts.get, reverse=True)
     if unnamed:
+        if is_palette and {colors.get(color, 0) for color in counts} <= {0, VOID}:
+            return None
         some = ", ".join(f"{counts[color]:,} of {color}" for color in unnamed[:3])
         count = f"{sum(map(counts.get, unnamed)):,} pixels in {len(unnamed)} colours"
-        return None, f"{count} that labelmap.txt does not name ({some})"
+        said = f"{path}: has {count} that labelmap.txt does not name ({some})"
+        raise DataError(f"{said}; name them, or mend the mask")
+    if is_palette:  # which tools put in any order
+        _say(f"{path.parent}: palettes are read by their colours")
     pixels = np.asarray(image)
     labels = np.zeros(pixels.shape[:2], np.uint8)
     for color in counts:
         labels[(pixels == color).all(2)] = colors[color]
-    return Image.fromarray(labels), None
+    return Image.fromarray(labels)
 
 
 def to_tensor(image, size):
@@ -235,16 +241,22 @@ def read_classes(root):
     if path is None:
         if not (root / "JPEGImages").is_dir():
             raise DataError(f"{root}: has no classes.txt; list the classes, background first")
+        if not root.name.lower().startswith("voc"):
+            _say(f"{root}: has no classes.txt, so its classes are VOC's 21")
         return list(VOC_CLASSES), color_map(len(VOC_CLASSES)), None
     classes = [line for line in _read_lines(path) if line != "__ignore__"]
     if path.name == ROBOFLOW:  # value, name
         rows = dict(re.findall(r"^(\d+)\s*,\s*(.+)$", "\n".join(classes), re.MULTILINE))
         classes = [rows.get(str(value), "") for value in range(len(rows))]
-    if not 2 <= len(set(classes)) == len(classes) <= VOID or "" in classes:
-        raise DataError(
-            f"{path}: has {len(classes)} lines; it should list 2 to {VOID} different classes, one a line"
-        )
+    _check_classes(path, classes)
     return classes, color_map(len(classes)), None
+
+
+def _check_classes(path, classes):
+    """Raise DataError unless a file's list of class names can be told apart by a mask's values."""
+    if not 2 <= len(set(classes)) == len(classes) <= VOID or "" in classes:
+        said = f"{path}: has {len(classes)} lines; it should list 2 to {VOID} different classes"
+        raise DataError(f"{said}, one a line")
 
 
 def _read_labelmap(path):
@@ -263,6 +275,7 @@ def _read_labelmap(path):
     order = sorted(names, key=lambda rgb: names[rgb].lower() != "background")  # it comes first
     if not order or names[order[0]].lower() != "background":
         raise DataError(f"{path}: names no class 'background'; add background:0,0,0::")
+    _check_classes(path, list(names.values()))
     palette, colors = [list(rgb) for rgb in order], {rgb: order.index(rgb) for rgb in names}
     return [names[rgb] for rgb in order], palette, colors
 
@@ -360,6 +373,12 @@ def _read_names(list_path, image_folder, pairs):
     return once
 
 
+def _folder_split(name):
+    """Return which split an image's folder stands for: train/ is train, Validation/ val."""
+    folder = name.rpartition("/")[0].split("/")[0].lower()
+    return re.sub(r"^(train|val|test)(ing|id|idation)?$", r"\1", folder)
+
+
 def split_names(root, split, image_folder, pairs):
     """Return the names of the images in a split: those that ImageSets/Segmentation/SPLIT.txt lists.
 
@@ -379,9 +398,12 @@ def split_names(root, split, image_folder, pairs):
         if not names:
             raise DataError(f"{lists[split]}: lists no images; write their names, one a line")
         return names
-    parts = {name: name.split("/")[0].replace("valid", "val") for name in pairs}
-    if {"train", "val"} <= set(parts.values()):  # images/train/, images/val/
-        return [name for name in pairs if parts[name] == split]
+    parts = {name: _folder_split(name) for name in pairs}
+    folders = set(parts.values())
+    if "train" in folders and folders & {"val", "test"}:
+        if split in folders and (split != "train" or "val" in folders):
+            return [name for name in pairs if parts[name] == split]
+        pairs = {name: files for name, files in pairs.items() if parts[name] == "train"}
     if split not in ("train", "val") or "train" in lists or "val" in lists:
         found = f"; beside it lie {', '.join(lists)}" if lists else ""
         if root.name in ("VOC2007", "VOC2012"):
@@ -395,7 +417,8 @@ def split_names(root, split, image_folder, pairs):
         names = [name for name in pairs if pairs[name][1] or roboflow]
         bare = [name for name in pairs if not (pairs[name][1] or roboflow)]
         if bare:
-            _say(f"{root}: {len(bare)} images have no PNG mask and are left out, such as {bare[0]}")
+            some = f"{len(bare)} images, such as {bare[0]}"
+            _say(f"{root}: {some}, have no mask of that name, a PNG, and are left out")
     hashes = {hashlib.sha256(os.fsencode(name)).hexdigest(): name for name in names}
     order = sorted(hashes)
     if len(order) < 2:
@@ -426,6 +449,11 @@ class VOC(Dataset):
         roboflow = self.image_folder == mask_folder
         home = self.image_folder if roboflow else self.root
         self.classes, self.palette, self.colors = read_classes(home)
+        for file in self.root.glob(f"*/{ROBOFLOW}") if roboflow else ():
+            if read_classes(file.parent)[0] != self.classes:
+                raise DataError(
+                    f"{file}: has other classes than {home}; export the splits together"
+                )
         self.pairs, rest = find_pairs(self.image_folder, mask_folder)
         if names is None:
             names = split_names(self.root, split, self.image_folder, self.pairs)
@@ -646,6 +674,7 @@ def epoch_order(dataset, batch_size, seed, epoch):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epoch):
         order = torch.randperm(len(dataset), generator=generator)
+    batch_size = min(batch_size, len(order))  # a set that is smaller is one batch
     order = order[: len(order) // batch_size * batch_size].view(-1, batch_size)
     return order.to(dataset.images.device)
 
@@ -668,8 +697,15 @@ def _channels(values, device):
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
+def _check_bytes(images):
+    """Raise TypeError for images of another type: those of torchvision's ToTensor go up to 1."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images should be uint8, from 0 to 255, and are {images.dtype}")
+
+
 def normalize(images):
     """Return uint8 images (N, 3, H, W) as float32, less ImageNet's mean, over its deviation."""
+    _check_bytes(images)
     mean, std = _channels(MEAN, images.device), _channels(STD, images.device)
     normalized = (images / 255 - mean) / std
     # In the layout of the weights (utils.to_device), which else part of the network would not have.
@@ -690,6 +726,7 @@ def augment(images, masks, mode="affine", size=None):
     Images are sampled once, bilinearly, masks by nearest neighbour at the very same points; what
     comes from outside the picture is void in the mask and about the mean colour in the image.
     """
+    _check_bytes(images)
     n, height, width = masks.shape
     matrices = random_matrices(n, mode, width / height, images.device)
     shape = (n, 3, size or height, size or width)
@@ -830,6 +867,7 @@ def look_over(dataset):
     n, size, classes = len(dataset), dataset.size, dataset.classes
     dataset.masks = torch.full((n, size, size), VOID, dtype=torch.uint8)
     full, errors, turned = torch.zeros(n, 256, dtype=torch.int64), [], []
+    shades = collections.defaultdict(set)  # the colours that palettes give to each index
     for index in range(n):
         try:
             image, mask = dataset.read(index)
@@ -842,6 +880,11 @@ def look_over(dataset):
             # `read` refuses a quarter turn that the mask lacks; not half a turn, or a mirror.
             if file.getexif().get(0x0112, 1) > 1 and file.size == image.size:
                 turned.append(dataset.names[index])
+        if dataset.mask_paths[index] and not dataset.colors:
+            with Image.open(dataset.mask_paths[index]) as file:
+                for color, i in file.palette.colors.items() if file.mode == "P" else ():
+                    if full[index, i] and i != VOID:
+                        shades[i].add(color)
     print(f"\n{dataset.root}: split {dataset.split}, {n} images, at {size}x{size}")
     if errors:
         return errors
@@ -860,8 +903,12 @@ def look_over(dataset):
     if bare:
         several = f"{len(bare)} masks, such as that of {bare[0]}, have"
         print(f"{several} 0 and {VOID} alone: void, or an object that should be 1?")
+    unclear = [str(i) for i, colors in shades.items() if len(colors) > 1]
+    if unclear:
+        print(f"palettes give {', '.join(unclear)} different colours in different masks: mixed up?")
     if turned:
-        print(f"EXIF data turn or mirror {len(turned)} images, such as {turned[0]}: do masks fit?")
+        some = f"{len(turned)} images, such as {turned[0]}"
+        print(f"EXIF data turn or mirror {some}: their masks must be upright")
     return errors
 
 

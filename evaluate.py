@@ -58,7 +58,7 @@ def describe(path, checkpoint, args):
     source = args.data or checkpoint.get("data", "voc2007")
     return {
         "checkpoint": str(path.resolve()),
-        "data": source if source in data.NAMES else str(Path(source).resolve()),
+        "data": source if source in data.NAMES else str(Path(source).expanduser().resolve()),
         "split": args.split or checkpoint.get("args", {}).get("val_split", "val"),
         "size": size,
         "protocol": protocol + (", mirrored images averaged" if args.tta else ""),
@@ -272,10 +272,10 @@ def compare(paths, checkpoints, evaluations, out, args, device):
             first, spread = dataset, torch.linspace(0, len(dataset) - 1, min(6, len(dataset)))
             shown = [first.names.index(n) for n in args.images or ()] or spread.int().tolist()
             images, rows["truth"] = first[shown]
-        if dataset.classes != first.classes or dataset.names != first.names:
-            raise utils.UserError(
-                f"{path}: has other images than {paths[0]}; say --data or --split"
-            )
+        same = dataset.classes == first.classes and dataset.names == first.names
+        if not same or loaded[1]["data"] != evaluations[0]["data"]:
+            said = f"{path}: has other images or masks than {paths[0]}"
+            raise utils.UserError(f"{said}; say --data or --split")
         title = f"{name}\nmIoU {results[name]['mean_iou']:.4f}"
         rows[title] = label(model, dataset[shown][0], device, images.shape[-2:], args.tta)
         if (path.parent / "log.csv").exists():

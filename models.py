@@ -387,7 +387,8 @@ def from_checkpoint(checkpoint):
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError) as error:
-        raise ModelError(f"the weights do not fit {checkpoint['model']}: {error}") from error
+        said = f"the weights do not fit {checkpoint['model']} as models.py has it now; train anew"
+        raise ModelError(f"{said} ({error})") from error
     return model.eval()
 
 

@@ -166,7 +166,8 @@ def main(argv=None):
         write(out, name, mark, image, mask, checkpoint)
         shares = utils.class_shares(mask, classes)
         found = ", ".join(f"{label} {share:.1%}" for label, share in shares.items())
-        print(f"{clear}{' '.join(str(path).splitlines())}: {found}; sure: {mean:.2f}")
+        written = "" if name == path.stem else f" -> {name}_mask.png"
+        print(f"{clear}{' '.join(str(path).splitlines())}{written}: {found}; sure: {mean:.2f}")
         if list(shares) == classes[:1]:
             black += 1
             print(f"  nothing but {classes[0]}, with a probability from {least:.2f} up")

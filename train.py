@@ -14,7 +14,7 @@ import argparse
 import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ class Run:
     history: list  # a row of log.csv for each epoch that is done
     step: int = 0  # steps done of the epoch under way
     loss: float = 0.0  # the sum of those steps' losses; during an epoch, this process's part of it
-    caught: dict = ()  # signals that ask the run to stop
+    caught: dict = field(default_factory=dict)  # signals that ask the run to stop
 
     @property
     def size(self):
@@ -86,7 +86,7 @@ def pixel_weight(masks, weights):
 def train_one_epoch(run, epoch):
     """Take the steps of an epoch that are left. Nothing in a step waits for the GPU."""
     args, steps = run.args, len(run.train_set) // run.batch_size
-    rates = utils.learning_rates(args, epoch, steps)
+    rates = utils.learning_rates(args, epoch, steps, run.size)
     order = data.epoch_order(run.train_set, run.batch_size, args.seed, epoch)
     order = order[run.step :]  # all of it, unless the run was stopped within the epoch
     label = f"epoch {epoch}/{args.epochs}"
@@ -130,7 +130,8 @@ def validate(run):
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
     sums = torch.zeros(2, device=run.device)
     order = torch.arange(len(run.val_set), device=run.val_set.images.device)
-    more = 2 if run.device.type == "cuda" else 1  # there is room, where no gradients are kept
+    # There is room, where no gradients are kept and no graph keeps its memory.
+    more = 2 if run.device.type == "cuda" and not run.args.compile else 1
     batch_size = max(more * run.batch_size, run.processes)
     for indices in utils.progress(order.split(batch_size), "validation", batch_size):
         if run.stop_signal():
@@ -153,7 +154,7 @@ def fit(run):
     """Train epoch by epoch from where the run is; return the exit status, 0 or 128 + a signal."""
     args, saved = run.args, -math.inf
     if utils.ended(run.history, args.epochs, args.patience):
-        print("this run had come to its end; for a longer one, say --epochs N")
+        print("this run had come to its end; for a longer one, raise --epochs or --patience")
     while not utils.ended(run.history, args.epochs, args.patience):
         epoch, taken = len(run.history) + 1, run.step
         size = max(run.size, utils.image_size(args, epoch))
@@ -165,20 +166,21 @@ def fit(run):
         train_one_epoch(run, epoch)
         train_seconds = time.monotonic() - started
         val_loss, cm = validate(run)
+        finite = all(weight.isfinite().all() for weight in run.model.parameters())
+        if not (finite and math.isfinite(run.loss + val_loss)):
+            raise utils.UserError(
+                f"epoch {epoch}/{args.epochs}: the loss is {run.loss}, in validation {val_loss}; nothing "
+                "of this epoch is kept; start anew with a smaller --lr, or go on with --no-amp"
+            )
         signal = run.stop_signal()
         if signal:
             save_last(run)
             command = f"python train.py --resume {utils.quote(run.out / 'last.pt')}"
             print(f"stopped; go on with  {command}")
             return 128 + signal
-        if not math.isfinite(run.loss + val_loss):
-            raise utils.UserError(
-                f"epoch {epoch}/{args.epochs}: the loss is {run.loss}, in validation {val_loss}; "
-                "nothing of this epoch is kept; try a smaller --lr, or --no-amp"
-            )
         row = {
             "epoch": epoch,
-            "lr": utils.learning_rates(args, epoch, steps=run.step)[0],
+            "lr": utils.learning_rates(args, epoch, run.step, size)[0],
             "train_loss": run.loss / run.step,
             "val_loss": val_loss,
             "val_mean_iou": utils.mean_iou(cm),
@@ -188,7 +190,7 @@ def fit(run):
             "size": size,
         }
         run.history, run.step, run.loss = [*run.history, row], 0, 0.0
-        save_best(run)  # first: a crash between the two leads to the same best.pt once more
+        save_best(run)  # first: after a crash between the two, a CPU comes to the same once more
         last = utils.ended(run.history, args.epochs, args.patience)
         if last or time.monotonic() - saved > SAVE_EVERY:
             save_last(run)
@@ -205,7 +207,7 @@ def report(run, cm):
         utils.write_log(run.out, run.history)
     row, epochs = run.history[-1], run.args.epochs
     later = range(row["epoch"] + 1, epochs + 1)
-    left = sum((utils.image_size(run.args, epoch) / row["size"]) ** 2 for epoch in later)
+    left = sum(max(1, utils.image_size(run.args, epoch) / row["size"]) ** 2 for epoch in later)
     predicted = cm.sum(0).nonzero().flatten().tolist()
     print(
         f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.1e}  loss {row['train_loss']:.3f}  "
@@ -261,9 +263,8 @@ def restore(run, checkpoint):
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     utils.match_layouts(run.optimizer)
     run.history = checkpoint["history"]
-    unfinished = checkpoint["unfinished_epoch"] or {"step": 0, "loss": 0.0}
-    run.step = unfinished["step"]
-    run.loss = unfinished["loss"] / run.processes  # the sum of all processes' is kept
+    run.step = checkpoint["unfinished_epoch"]["step"]
+    run.loss = checkpoint["unfinished_epoch"]["loss"] / run.processes  # all processes' is kept
     if run.rank == 0:
         utils.set_random_state(checkpoint["random_state"], run.device)
     else:  # another process's state is not kept; new numbers, so that no transforms are repeated
@@ -449,7 +450,7 @@ def make_parser():
     add("--pretrained", action=yes_or_no, help=how)
     how = "start from ERFNet's published weights (darrennet) or a checkpoint of this project"
     add("--encoder-weights", metavar="FILE", help=how)
-    how = "images grow from a quarter of --size; default: with affine, if --size > 64, not pretrained"
+    how = "images grow from a quarter of --size; default: with affine over 64, unless pretrained"
     add("--progressive", action=yes_or_no, help=how)
     add("--batch-size", type=count, default=16, metavar="N", help="images in a step" + default)
     add("--lr", type=real, metavar="X", help="of AdamW; default: 0.001; 0.002 where images grow")
@@ -483,8 +484,8 @@ def main(argv=None):
             f"on, {len(run.val_set.classes)} classes\n{args.model}: {parameters:,} parameters on "
             f"{processes} x {device} in {'bfloat16' if args.amp else 'float32'}"
         )
-        folder = utils.run_folder(args, resumed, rank)
-        with folder as run.out, utils.stop_signals() as run.caught:
+        with utils.run_folder(args, resumed, rank) as out, utils.stop_signals() as caught:
+            run.out, run.caught = out, caught
             print(f"run in {run.out}", flush=True)
             if rank == 0:
                 utils.write_settings(run.out, argv, args, device)

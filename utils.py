@@ -19,6 +19,7 @@ import time
 import warnings
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,8 @@ def cli(main, *user_errors):
 
     UserError, OSError, a full GPU and the further exception classes given end the process with
     status 2, as argparse's own errors do, Ctrl-C with 130, a closed pipe with 1, without a word. All
-    others are bugs: they keep their traceback. (data.py and models.py have error classes of their own, since they can be copied out
-    alone.)
+    others are bugs: they keep their traceback. (data.py and models.py have error classes of their
+    own, since they can be copied out alone.)
     """
     for stream in (sys.stdout, sys.stderr):  # a file on Windows may know few letters
         if hasattr(stream, "reconfigure"):
@@ -187,9 +188,10 @@ def run_folder(args, resumed, rank=0):
         yield out
         return
     files = [out / name for name in ("last.pt", "best.pt", "log.csv", "settings.json")]
+    or_else = f"--resume {out}" if files[0].exists() else "delete it: that run has saved nothing"
     for file in files:
         if file.exists():
-            raise UserError(f"{file}: is of another run; choose another --out, or --resume {out}")
+            raise UserError(f"{file}: is of another run; choose another --out, or {or_else}")
     make_folder(out)
     try:
         yield out
@@ -298,11 +300,11 @@ def image_size(args, epoch):
     return min(args.size, max(64, 32 * math.ceil(args.size / divisor / 32)))
 
 
-def learning_rates(args, epoch, steps):
+def learning_rates(args, epoch, steps, side=0):
     """Return the learning rate of each of an epoch's steps: --lr, or cosine annealing to 0.
 
     Where the images grow, annealing starts anew with each size, from a rate that is lower by as
-    much as they are larger.
+    much as they are larger. side: theirs now, which is more than planned in a run made longer.
     """
     if not args.cosine:
         return [args.lr] * steps
@@ -311,7 +313,7 @@ def learning_rates(args, epoch, steps):
     done = (epoch - 1 - sizes.index(size)) * steps  # at this size, before this epoch
     total = sizes.count(size) * steps  # at this size in all
     factors = [(1 + math.cos(math.pi * (done + step) / total)) / 2 for step in range(steps)]
-    return [args.lr * (factor * sizes[0] / size) for factor in factors]
+    return [args.lr * (factor * sizes[0] / max(size, side)) for factor in factors]
 
 
 def update_average(average, model, steps, decay):
@@ -440,7 +442,7 @@ def segment(model, images, size, tta=False):
     The probabilities are brought to `size` (height, width) bilinearly before the best class is
     taken; returns labels, uint8 (N, height, width), and the probability of each, float, alike.
     `tta` averages the probabilities with those of the mirrored image. `model` must be in eval
-    mode. All three scripts label pixels with this alone.
+    mode. evaluate.py and predict.py label pixels with this alone.
     """
     probabilities = model(images).float().softmax(1)
     if tta:
@@ -448,7 +450,7 @@ def segment(model, images, size, tta=False):
     if probabilities.shape[-2:] == tuple(size):
         best = probabilities.max(1)  # several times faster than argmax on CPUs
         return best.indices.byte(), best.values
-    # Class by class: a photograph of 24 million pixels then needs two maps of its size instead of
+    # Class by class: a photograph of 24 million pixels then needs three maps of its size instead of
     # one for each class, 2 GB for VOC's.
     best = probabilities.new_full((len(images), *size), -1)
     labels = torch.zeros_like(best, dtype=torch.uint8)
@@ -475,6 +477,10 @@ def save_checkpoint(path, checkpoint):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        for pause in (0.1, 1, 3):  # Windows replaces no file that another program has open
+            with contextlib.suppress(PermissionError):
+                return os.replace(temporary, path)
+            time.sleep(pause)
         os.replace(temporary, path)
     except RuntimeError as error:
         if "inline_container" not in str(error):  # what torch.save makes of a write that fails
@@ -514,6 +520,10 @@ def load_checkpoint(path):
     needed = {"model", "options", "classes", "palette", "size", "state_dict", "epoch", "metrics"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(f"{path}: is not a checkpoint of this project; give one of train.py's")
+    if not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
+        raise UserError(
+            f"{path}: has weights that are no finite numbers: it is damaged; train anew"
+        )
     return checkpoint
 
 
@@ -616,7 +626,7 @@ def read_settings(parser, argv):
     stored = {name: value for name, value in checkpoint["args"].items() if name in vars(args)}
     parser.set_defaults(**stored | {"out": path.parent})  # what is not typed stays as it was
     args = parser.parse_args(argv)
-    may_change = {"data", "epochs", "patience", "device", "amp", "compile"}
+    may_change = {"data", "epochs", "patience", "batch_size", "device", "amp", "compile"}
     for name in stored.keys() - may_change:
         if getattr(args, name) != stored[name]:
             flag = "--" + name.replace("_", "-")
@@ -652,18 +662,20 @@ def progress(items, label, images_each=1, loss=None):
     terminal = sys.stderr.isatty()
     pause = 0.5 if terminal else 30
     start = shown = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - shown > pause:
-            shown, rate = now, done / max(now - start, 1e-9)
-            line = f"{label} {done}/{len(items)}  {rate * images_each:.1f} images/s  "
-            line += f"loss {float(loss()):.4f}  " if loss else ""
-            line += f"{format_seconds((len(items) - done) / rate)} left"
-            # Back at the start of the line, so that what the caller prints next takes its place.
-            print(line, end="\033[K\r" if terminal else "\n", file=sys.stderr, flush=True)
-    if terminal:
-        print("\033[K", end="", file=sys.stderr, flush=True)
+    try:
+        for done, item in enumerate(items, start=1):
+            yield item
+            now = time.monotonic()
+            if now - shown > pause:
+                shown, rate = now, done / max(now - start, 1e-9)
+                line = f"{label} {done}/{len(items)}  {rate * images_each:.1f} images/s  "
+                line += f"loss {float(loss()):.4f}  " if loss else ""
+                line += f"{format_seconds((len(items) - done) / rate)} left"
+                # Back at the start of the line, so that what the caller prints next takes its place.
+                print(line, end="\033[K\r" if terminal else "\n", file=sys.stderr, flush=True)
+    finally:  # where the caller breaks off, too
+        if terminal:
+            print("\033[K", end="", file=sys.stderr, flush=True)
 
 
 def format_seconds(seconds):
@@ -707,11 +719,11 @@ def overlay(image, mask, classes, palette):
     mask = np.asarray(mask)
     border = near_another(mask, max(1, min(image.size) // 200))
     strength = np.where(border, np.uint8(255), np.where(mask > 0, np.uint8(165), np.uint8(70)))
-    colors = [(255, 255, 255), *map(tuple, palette[1:])]
+    colors = [(255, 255, 255), *colors_with_hue(palette[1:])]
 
     shares = class_shares(mask, classes)
     size = max(12, min(image.size) // 25)
-    font = ImageFont.load_default(size)
+    font = load_font(size)
     entries = [f"{name} {share:.1%}" for name, share in shares.items()]
     widths = [int(2.5 * size + font.getlength(entry)) for entry in entries]
     canvas_width = max(image.width, *widths)
@@ -731,6 +743,25 @@ def overlay(image, mask, classes, palette):
         draw.rectangle(box, fill=colors[classes.index(name)], outline="black")
         draw.text((x + 2 * size, y + size), entry, font=font, fill="black", anchor="lm")
     return canvas
+
+
+def colors_with_hue(palette):
+    """Return a palette as tuples, its greys replaced, which over a grey image would not be seen."""
+    colors = [tuple(color) for color in palette]
+    vivid = [color for color in itertools.product((0, 128, 255), repeat=3) if len(set(color)) > 1]
+    for index, color in enumerate(colors):
+        if max(color) - min(color) < 40:  # then by what is farthest from all others
+            colors[index] = max(vivid, key=lambda new: min(map(partial(math.dist, new), colors)))
+    return colors
+
+
+def load_font(size):
+    """Return the font that comes with matplotlib, or else Pillow's own, which has no umlauts."""
+    try:  # without importing matplotlib, which takes long
+        folder = Path(find_spec("matplotlib").origin).parent
+        return ImageFont.truetype(folder / "mpl-data/fonts/ttf/DejaVuSans.ttf", size)
+    except (AttributeError, OSError):
+        return ImageFont.load_default(size)
 
 
 def near_another(mask, distance):
@@ -771,10 +802,13 @@ def drawing(path, width, height, title):
 
 def write_log(run, rows):
     """Write a run's log.csv: a row, a dictionary, for each epoch."""
-    with open(run / "log.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    try:
+        with open(run / "log.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    except PermissionError as error:  # Excel has it open
+        print(f"{error}; the next epoch's writing makes up for it")
 
 
 def read_log(run):

@@ -123,8 +123,8 @@ def fake_cuda():
 
 
 def call(module, *args):
-    """Call a script's main in this process, with the arguments of a command line."""
-    module.main([str(arg) for arg in args])
+    """Call a script's main in this process, with a command line; return the exit status."""
+    return module.main([str(arg) for arg in args])
 
 
 def check(result):

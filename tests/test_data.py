@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_VOC, fake_cuda, write_voc
+from conftest import REAL_VOC, call, fake_cuda, write_voc
 from PIL import Image
 from PIL.PngImagePlugin import putchunk
 from torch._subclasses import FakeTensorMode
@@ -281,6 +281,64 @@ def test_affine_zooms_into_a_larger_image_and_gives_the_size_that_is_asked_for()
     assert len(means) > 40 and 0.5 < min(means) < 1.1 and 1.8 < max(means) < 3.1
 
 
+def test_affine_turns_shears_stretches_and_zooms_by_what_is_said_in_pixels():
+    torch.manual_seed(0)
+    width, height = 128, 64
+    matrices = data.random_matrices(4000, "affine", width / height, "cpu")[:, :, :2].double()
+    half = torch.tensor([width / 2, height / 2])
+    x, y = (half[:, None] * matrices / half).unbind(2)  # where a step right, and down, leads to
+    turned = x * x[:, :1].sign() / x.norm(dim=1, keepdim=True)  # the direction of the first
+    along = (turned * y).sum(1)
+    across = turned[:, 0] * y[:, 1] - turned[:, 1] * y[:, 0]
+    angle = torch.atan2(turned[:, 1], turned[:, 0]).rad2deg()
+    for values, low, high in (
+        (angle, -15, 15),
+        (along / across, -0.1, 0.1),
+        (x.norm(dim=1) / across, 1 / 1.2, 1.2),
+        (1 / across, 0.8, 2.6),
+    ):
+        few = 0.02 * (high - low)
+        assert low - 1e-4 < values.min() < low + few and high - few < values.max() < high + 1e-4
+    assert 1800 < (x[:, 0] < 0).sum() < 2200  # half are mirrored
+
+
+def test_saturation_changes_by_itself():
+    torch.manual_seed(0)
+    colors = torch.tensor([[100, 100, 100], [100, 100, 100], [50, 50, 50], [150, 150, 150.0]]).T
+    colors[:2, 0] += torch.tensor([40, -40])  # red and green, in which these two are opposites
+    colors[:2, 1] -= torch.tensor([40, -40])
+    changed = data.jitter_colors(colors.view(1, 3, 2, 2).expand(500, 3, 2, 2)).flatten(2)
+    contrast = (changed[:, :, 3] - changed[:, :, 2]).mean(1) / 100
+    opposites = (changed[:, 0] - changed[:, 1]) @ torch.tensor([1, -1, 0, 0.0]) / 160
+    saturation = opposites / contrast  # but for the tint's part, below 0.12
+    assert 0.6 < saturation.min() < 0.8 and 1.2 < saturation.max() < 1.46
+
+
+def test_images_that_are_no_bytes_are_refused():
+    images, masks = torch.rand(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
+    said = "should be uint8, from 0 to 255, and are torch.float32"
+    with pytest.raises(TypeError, match=said):
+        data.normalize(images)
+    with pytest.raises(TypeError, match=said):
+        data.augment(images, masks)
+
+
+def test_an_epochs_order_is_one_of_all_images_in_whole_batches():
+    class Ten:
+        images = torch.zeros(10)
+
+        def __len__(self):
+            return 10
+
+    orders = [data.epoch_order(Ten(), 3, seed, epoch) for seed, epoch in ((0, 1), (0, 2), (1, 1))]
+    for order in orders:
+        assert order.shape == (3, 3) and len(order.unique()) == 9
+    assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
+    assert torch.equal(orders[1], data.epoch_order(Ten(), 3, 0, 2))
+    whole = data.epoch_order(Ten(), 16, 0, 1)  # a set smaller than a batch
+    assert whole.shape == (1, 10) and sorted(whole[0].tolist()) == list(range(10))
+
+
 def test_colors_change_by_no_more_than_said_and_differ_between_images():
     torch.manual_seed(0)
     gray = torch.full((256, 3, 4, 4), 100.0)
@@ -467,6 +525,11 @@ def test_colors_that_the_label_map_does_not_name_are_counted(tmp_path):
         ("background:0,0,0::\ncat:1,2,333::", "'cat:1,2,333::' is not .* of 0 to 255"),
         ("background:0,0,0::\ncat:0,0,0::", "'cat:0,0,0::' .* its colour is taken"),
         ("cat:1,2,3::", "names no class 'background'"),
+        ("background:0,0,0::\ncat:1,2,3::\ncat:4,5,6::", "has 3 lines; it .* different"),
+        (
+            "background:0,0,0::\n" + "\n".join(f"c{i}:1,2,{i}::" for i in range(255)),
+            "has 256 lines; it .* 2 to 255",
+        ),
     ],
 )
 def test_label_maps_that_cannot_be_meant_are_refused(tmp_path, labelmap, said):
@@ -656,6 +719,9 @@ def test_roboflows_exports(tmp_path, capsys):
     (tmp_path / "train" / "_classes.csv").write_text("Pixel Value, Class\n0, background\n2, cat\n")
     with pytest.raises(data.DataError, match="_classes.csv: has 2 lines; it should list"):
         data.VOC(tmp_path, "train", 32)
+    (tmp_path / "train" / "_classes.csv").write_text("Pixel Value, Class\n0, background\n1, dog\n")
+    with pytest.raises(data.DataError, match="has other classes than .*export the splits together"):
+        data.VOC(tmp_path, "train", 32)
 
 
 def test_cvat_writes_no_mask_for_an_image_that_shows_nothing(tmp_path, capsys):
@@ -745,6 +811,29 @@ def test_colors_decide_where_a_palette_was_put_in_another_order(tmp_path, capsys
     for index, name in enumerate(names):
         assert np.array_equal(dataset.full_mask(index), truth[name])
     assert capsys.readouterr().err.count("palettes are read by their colours") == 1
+
+
+def test_a_palettes_color_without_a_name_is_refused_where_others_have_one(tmp_path):
+    write_folder(tmp_path, "cvat")
+    path = tmp_path / "SegmentationClass" / "a3.png"
+    pixels = np.array(Image.open(path))
+    pixels[0, 0] = 9, 9, 9
+    Image.fromarray(pixels).quantize(256).save(path)
+    with pytest.raises(data.DataError, match=r"a3.png: has 1 pixels in 1 .* \(1 of \(9, 9, 9\)\)"):
+        data.VOC(tmp_path, "train", 32, ["a3"])
+
+
+def test_the_look_over_sees_palettes_that_disagree(tmp_path, capsys):
+    bare_folder(tmp_path, [f"p{i}.jpg" for i in range(6)])
+    call(data, "--data", tmp_path, "--size", 32)
+    assert "palettes" not in capsys.readouterr().out
+    for i in range(6):
+        path = tmp_path / f"masks/p{i}.png"
+        mask = Image.open(path)
+        mask.putpalette([0, 0, 0, *((0, 250, 0) if i % 2 else (250, 0, 0))])
+        mask.save(path)
+    assert call(data, "--data", tmp_path, "--size", 32) == 0
+    assert "palettes give 1 different colours in different masks" in capsys.readouterr().out
 
 
 def test_class_lists_of_other_tools(tmp_path):
@@ -1009,6 +1098,33 @@ def test_splits_that_lie_in_folders_or_in_lists_beside_them(tmp_path):
         assert data.VOC(tmp_path / "lists", part, 32).names == stems
         found = data.VOC(tmp_path / "folders", part, 32).names
         assert found == [f"{part}/{stem}" for stem in stems]
+    with pytest.raises(data.DataError, match="trian.txt: does not exist"):
+        data.VOC(tmp_path / "folders", "trian", 32)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [("training", "validation", "testing"), ("Train", "Valid", "Test"), ("train", "", "test")],
+)
+def test_folders_of_splits_are_never_mixed(tmp_path, folders):
+    for folder, stems in zip(folders, ("abcdef", "gh", "ijk")):
+        files = [f"{folder}/{stem}.jpg" for stem in stems] if folder else []
+        bare_folder(tmp_path, files, mask=f"{folder}/{{}}.png")
+    names = {split: set(data.VOC(tmp_path, split, 32).names) for split in ("train", "val", "test")}
+    train, val, test = (
+        {f"{folder}/{stem}" for stem in stems}
+        for folder, stems in zip(folders, ("abcdef", "gh", "ijk"))
+    )
+    assert names["test"] == test
+    if folders[1]:
+        assert names["train"] == train and names["val"] == val
+    else:  # a part of train/ is for validation
+        assert names["train"] | names["val"] == train and names["train"] and names["val"]
+
+
+def test_photos_may_be_called_like_splits(tmp_path):
+    bare_folder(tmp_path, [f"{name}.jpg" for name in ("train", "val", "a", "b", "c")])
+    assert sum(len(data.VOC(tmp_path, split, 32)) for split in ("train", "val")) == 5
 
 
 def test_the_look_over_counts_an_image_that_is_listed_twice_in_one_split_once(tmp_path, capsys):

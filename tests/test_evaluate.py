@@ -386,6 +386,14 @@ def test_a_comparison_of_other_runs_gets_a_folder_of_its_own(colors):
     assert not Path("comparison-3").exists()  # the very same may be done again
 
 
+def test_runs_on_other_data_of_the_same_names_are_not_compared(colors):
+    for name in ("one", "two"):
+        write_run(Path(f"{name}/best.pt"), write_data(Path(f"own-{name}"), train=TRAIN, val=VAL))
+    with pytest.raises(utils.UserError, match="two/best.pt: has other images or masks than one"):
+        call(evaluate, "one", "two")
+    call(evaluate, "one", "two", "--data", "own-one")
+
+
 def test_the_comparisons_table_tells_by_flags_how_runs_differ():
     base = {"mean_iou": 0.5, "pixel_accuracy": 0.5, "iou": {"a": 0.5}, "model": "fcn", "size": 64}
     base |= {"parameters": 5, "images_per_second": 1.0, "epoch": 1}
@@ -484,7 +492,7 @@ def test_runs_that_were_validated_on_other_images_are_not_compared(colors):
     root = write_data(Path("own"), train=TRAIN, val=VAL)
     write_run(Path("one/best.pt"), root)
     write_run(Path("two/best.pt"), root, val_split="train", train_split="val", names=False)
-    with pytest.raises(utils.UserError, match="two/best.pt: has other images than one"):
+    with pytest.raises(utils.UserError, match="two/best.pt: has other images or masks than one"):
         call(evaluate, "one", "two")
     call(evaluate, "one", "two", "--split", "val")
     assert read_scores("comparison")["two"]["pixel_accuracy"] == pytest.approx(2 / 3)

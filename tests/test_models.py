@@ -118,12 +118,20 @@ def test_output_lies_above_its_input(name):
     assert abs(center[0] - 97.5) < 8 and abs(center[1] - 77.5) < 8
 
 
+def test_the_fcns_layers_are_in_the_papers_order():
+    for layer in models.build_model("fcn").encoder:
+        assert [type(part) for part in layer] == [nn.Conv2d, nn.ReLU, nn.BatchNorm2d]
+
+
 def test_darrennet_has_erfnets_dilations_and_dropouts():
     encoder = models.build_model("darrennet", dropout=(0.1, 0.4)).encoder
     blocks = [m for m in encoder.layers if isinstance(m, models.NonBottleneck1d)]
     assert [b.conv3x1_2.dilation for b in blocks[:5]] == [(1, 1)] * 5
     assert [b.conv1x3_2.dilation[1] for b in blocks[5:]] == [2, 4, 8, 16, 2, 4, 8, 16]
     assert [b.dropout.p for b in blocks] == [0.1] * 5 + [0.4] * 8
+    blocks = models.build_model("darrennet").encoder.modules()
+    rates = [b.dropout.p for b in blocks if isinstance(b, models.NonBottleneck1d)]
+    assert rates == [0.03] * 5 + [0.3] * 8
     with torch.inference_mode():
         assert encoder(torch.zeros(1, 3, 224, 224)).shape == (1, 128, 28, 28)
 

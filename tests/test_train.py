@@ -5,6 +5,8 @@ import csv
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +51,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch, no_pictures):
 
 def quick_train(*args, name="run", epochs=2):
     settings = ("--epochs", epochs, "--size", 32, "--batch-size", 2, "--device", "cpu")
-    call(train, *settings, "--out", name, *args)
+    return call(train, *settings, "--out", name, *args)
 
 
 def state_of(path):
@@ -159,6 +161,17 @@ def test_a_loss_that_is_not_a_number_stops_the_run(voc, monkeypatch):
     before = Path("run/last.pt").read_bytes()
     monkeypatch.setattr(data, "normalize", lambda images: images * float("nan"))
     with pytest.raises(utils.UserError, match="epoch 2/3: the loss is nan.*--lr"):
+        call(train, "--resume", "run/last.pt", "--epochs", 3)
+    # Nor is it kept by who stops the run because of it, in an epoch of which only a weight is left.
+    train_one_epoch = train.train_one_epoch
+
+    def broken(run, epoch):
+        run.caught[signal.SIGINT] = 0.0
+        train_one_epoch(run, epoch)
+        run.loss = 1.0
+
+    monkeypatch.setattr(train, "train_one_epoch", broken)
+    with pytest.raises(utils.UserError, match="epoch 2/3: the loss is 1.0.*nothing of this epoch"):
         call(train, "--resume", "run/last.pt", "--epochs", 3)
     assert Path("run/last.pt").read_bytes() == before
 
@@ -285,7 +298,7 @@ def test_encoder_weights_of_another_network_are_refused(tmp_path, voc):
 # ------------------------------------------------------------------------- the arithmetic
 
 
-def test_cosine_is_pytorchs_annealing_by_the_step_and_adam_is_pytorchs(voc):
+def test_cosine_is_pytorchs_annealing_by_the_step(voc):
     quick_train("--model", "fcn", "--data", voc, "--cosine", "--lr", 0.01, epochs=3)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], 0.01)
@@ -296,12 +309,37 @@ def test_cosine_is_pytorchs_annealing_by_the_step_and_adam_is_pytorchs(voc):
             for _ in range(5 // 2):
                 optimizer.step()
                 expected.step()
-    last = state_of("run/last.pt")
-    rates = utils.learning_rates(
-        train.make_parser().parse_args(["--epochs", "3", "--cosine", "--lr", "0.01"]), 3, 2
-    )
-    assert rates[-1] == pytest.approx(0.01 * (1 + np.cos(np.pi * 5 / 6)) / 2)
-    assert last["optimizer"]["param_groups"][0]["weight_decay"] == 0.05
+    (group,) = state_of("run/last.pt")["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(0.01 * (1 + np.cos(np.pi * 5 / 6)) / 2)
+    assert group["weight_decay"] == 0.05
+
+
+def test_steps_take_the_transform_the_weights_and_the_rate_that_were_asked_for(voc, monkeypatch):
+    modes, weights, rates = [], [], []
+    augment, criterion = data.augment, train.criterion
+
+    class Recording(torch.optim.AdamW):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    def recording_augment(images, masks, mode, size):
+        modes.append(mode)
+        return augment(images, masks, mode, size)
+
+    def recording_criterion(logits, masks, class_weights):
+        weights.append(class_weights)
+        return criterion(logits, masks, class_weights)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    monkeypatch.setattr(data, "augment", recording_augment)
+    monkeypatch.setattr(train, "criterion", recording_criterion)
+    flags = ("--augment", "flip", "--class-weights", "median", "--cosine", "--lr", 0.01)
+    quick_train("--model", "fcn", "--data", voc, *flags)
+    assert modes == ["flip"] * 4  # two epochs of two batches
+    assert rates == pytest.approx([0.005 * (1 + np.cos(np.pi * step / 4)) for step in range(4)])
+    expected = data.class_weights(data.VOC(voc, "train", 32), "median")
+    assert len(expected.unique()) > 5 and all(torch.equal(each, expected) for each in weights)
 
 
 def test_the_average_follows_the_weights_for_as_long_as_it_should():
@@ -323,7 +361,7 @@ def test_the_average_follows_the_weights_for_as_long_as_it_should():
 
 
 def test_the_average_is_what_is_scored_and_kept(voc):
-    quick_train("--model", "fcn", "--data", voc, "--no-amp", name="averaged")
+    quick_train("--model", "fcn", "--data", voc, "--no-amp", "--lr", 0.01, name="averaged")
     last = state_of("averaged/last.pt")
     dataset = data.VOC(voc, "val", size=32)
     losses = []
@@ -336,7 +374,8 @@ def test_the_average_is_what_is_scored_and_kept(voc):
     logged = last["history"][-1]["val_loss"]
     assert logged == pytest.approx(losses[0], rel=1e-5)
     assert logged != pytest.approx(losses[1], rel=1e-4)
-    quick_train("--model", "fcn", "--data", voc, "--no-amp", "--ema", 0, name="plain")
+    flags = ("--no-amp", "--lr", 0.01, "--ema", 0)
+    quick_train("--model", "fcn", "--data", voc, *flags, name="plain")
     assert same_weights(state_of("plain/last.pt"), {"state_dict": last["trained"]})
 
 
@@ -368,6 +407,31 @@ def test_a_run_that_goes_on_for_more_epochs_keeps_the_size_it_has_come_to(voc):
     quick_train(*flags, epochs=2)
     call(train, "--resume", "run/last.pt", "--epochs", 4)
     assert [row["size"] for row in state_of("run/last.pt")["history"]] == [64, 96, 96, 96]
+
+
+def test_a_run_made_longer_has_the_rate_and_the_time_of_its_size(voc, capsys, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "plain", Plain)
+    flags = ("--model", "plain", "--data", voc, "--progressive", "--size", 96, "--cosine")
+    quick_train(*flags, epochs=3)
+    call(train, "--resume", "run", "--epochs", 32)
+    rows = state_of("run/last.pt")["history"]
+    # Planned for 64x64 are 31 of 32 epochs; from the third on images have 96x96.
+    for row in rows[3:31]:
+        annealed = (1 + np.cos(np.pi * (row["epoch"] - 1) / 31)) / 2
+        assert row["size"] == 96 and row["lr"] == pytest.approx(2e-3 * annealed * 64 / 96)
+    # The first epoch after that has 28 like itself to come.
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "epoch 4/32" in each]
+    left = re.search(r"(?:(\d+) min )?(\d+) s left", line)
+    assert int(left[1] or 0) * 60 + int(left[2]) == pytest.approx(28 * rows[3]["seconds"], abs=1)
+
+
+def test_a_full_gpus_run_goes_on_with_a_smaller_batch(voc):
+    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    call(train, "--resume", "run", "--epochs", 2, "--batch-size", 3)
+    steps = {
+        state["step"].item() for state in state_of("run/last.pt")["optimizer"]["state"].values()
+    }
+    assert steps == {2 + 1}
 
 
 def test_a_run_that_was_stopped_at_a_size_keeps_it_when_it_goes_on_for_more_epochs(voc):
@@ -487,6 +551,7 @@ def test_adams_moments_take_the_layout_of_the_weights_they_belong_to(voc):
             state[name] = state[name].contiguous()
     Path("moved").mkdir()
     torch.save(last, "moved/last.pt")
+    shutil.copy("run/best.pt", "moved/best.pt")
     for run in ("run", "moved"):
         call(train, "--resume", run, "--epochs", 3)
     assert same_weights(state_of("run/last.pt"), state_of("moved/last.pt"))
@@ -702,11 +767,14 @@ def test_a_start_that_failed_leaves_nothing(voc, monkeypatch):
     assert not Path("named").exists() and not list(Path("runs").iterdir())
 
 
-@pytest.mark.parametrize("name", ["best.pt", "settings.json"])
-def test_a_folder_with_another_runs_files_is_left_as_it_is(voc, name):
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("last.pt", "--resume taken"), ("settings.json", "delete it: that run")]
+)
+def test_a_folder_with_another_runs_files_is_left_as_it_is(voc, name, remedy):
     Path("taken").mkdir()
     Path("taken", name).write_text("another's")
-    with pytest.raises(utils.UserError, match=f"taken/{name}: is of another run; .*--out"):
+    said = f"taken/{name}: is of another run; choose another --out, or {remedy}"
+    with pytest.raises(utils.UserError, match=said):
         quick_train("--model", "fcn", "--data", voc, name="taken")
     assert Path("taken", name).read_text() == "another's"
 
@@ -717,7 +785,7 @@ def test_a_run_that_patience_ended_is_not_gone_on_with(voc, capsys):
     assert "had come to its end" not in capsys.readouterr().out
     call(train, "--resume", "run")
     assert len(state_of("run/last.pt")["history"]) == before < 9
-    assert "this run had come to its end; for a longer one, say --epochs" in capsys.readouterr().out
+    assert "for a longer one, raise --epochs or --patience" in capsys.readouterr().out
 
 
 def test_another_optimizers_run_is_restored_and_all_its_groups_get_the_rate(voc, monkeypatch):

@@ -21,19 +21,22 @@ import utils
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
-def test_a_cuda_graph_learns_what_the_model_itself_learns():
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_cuda_graph_learns_what_the_model_itself_learns(amp):
     def train(graph):
         torch.manual_seed(0)
         layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1)
         model = utils.to_device(nn.Sequential(*layers), torch.device("cuda"))
         shape = (4, 3, 32, 32)
-        step = utils.cuda_graph(model, shape, amp=False) if graph else model.train()
+        step = utils.cuda_graph(model, shape, amp) if graph else model.train()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         torch.manual_seed(1)
         for _ in range(5):
             images = torch.randn(shape, device="cuda").contiguous(memory_format=torch.channels_last)
             optimizer.zero_grad()
-            step(images).square().mean().backward()
+            with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+                logits = step(images)
+            logits.float().square().mean().backward()
             optimizer.step()
         return model.state_dict()
 
@@ -41,6 +44,15 @@ def test_a_cuda_graph_learns_what_the_model_itself_learns():
     assert plain["1.num_batches_tracked"] == recorded["1.num_batches_tracked"] == 5
     for name, value in plain.items():
         torch.testing.assert_close(recorded[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+def test_a_cuda_graph_drops_other_channels_at_each_step():
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Dropout2d(0.5)).cuda()
+    step = utils.cuda_graph(model, (2, 3, 32, 32), amp=False)
+    images = torch.ones(2, 3, 32, 32, device="cuda")
+    first = step(images).clone()
+    assert not torch.equal(first, step(images))
 
 
 # ------------------------------------------------------------------------------------- scores
@@ -243,6 +255,42 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch)
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
+def test_a_file_that_another_program_has_open_is_replaced_a_little_later(tmp_path, monkeypatch):
+    refusals, replace = [PermissionError("used by another process")] * 2, os.replace
+
+    def busy(source, target):
+        if refusals:
+            raise refusals.pop()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    utils.save_checkpoint(tmp_path / "a.pt", CHECKPOINT)
+    assert utils.load_checkpoint(tmp_path / "a.pt")["epoch"] == 3
+    refusals[:] = [PermissionError("used by another process")] * 4
+    with pytest.raises(PermissionError, match="used by another process"):
+        utils.save_checkpoint(tmp_path / "a.pt", CHECKPOINT)
+
+
+def test_a_log_that_a_spreadsheet_has_open_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def locked(*args, **options):
+        raise PermissionError(13, "Permission denied", "log.csv")
+
+    monkeypatch.setattr("builtins.open", locked)
+    utils.write_log(tmp_path, [{"epoch": 1}])
+    monkeypatch.undo()
+    assert "'log.csv'; the next epoch's writing makes up for it" in capsys.readouterr().out
+    utils.write_log(tmp_path, [{"epoch": 1}, {"epoch": 2}])
+    assert (tmp_path / "log.csv").read_text().split() == ["epoch", "1", "2"]
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    broken = CHECKPOINT | {"state_dict": {"weight": torch.tensor([1.0, math.nan])}}
+    utils.save_checkpoint(tmp_path / "a.pt", broken)
+    with pytest.raises(utils.UserError, match="a.pt: has weights that are no finite numbers"):
+        utils.load_checkpoint(tmp_path / "a.pt")
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch it_ran",)
@@ -304,6 +352,24 @@ def test_overlay_keeps_background_and_names_the_classes_below(width, height):
     assert (colored[..., 1] > 120).all() and (colored[..., 0] < 80).all()
     legend = picture[height:].reshape(-1, 3).tolist()
     assert [0, 200, 0] in legend and [128, 0, 0] not in legend
+
+
+def test_classes_in_grey_or_white_get_a_colour_over_the_grey_image():
+    palette = data.color_map(21)
+    colors = utils.colors_with_hue(palette[1:])
+    assert [i for i, color in enumerate(colors, 1) if list(color) != palette[i]] == [7]  # the car
+    assert max(colors[6]) - min(colors[6]) > 100 and len(set(colors)) == 20
+    red, *others = utils.colors_with_hue([[255, 0, 0], [255, 255, 255], [10, 10, 10]])
+    assert red == (255, 0, 0) and len({red, *others}) == 3
+    assert all(max(color) - min(color) > 100 for color in others)
+
+
+def test_the_legend_has_letters_for_umlauts():
+    box = utils.load_font(20).getmask("\ufffe").getbbox()  # what stands for a letter it lacks
+    for letter in "äöüßéñłČ":
+        font = utils.load_font(20)
+        assert bytes(font.getmask(letter)) != bytes(font.getmask("\ufffe")), letter
+    assert box
 
 
 def test_pixels_near_another_class():
@@ -437,6 +503,12 @@ def test_progress_is_one_line_on_a_terminal_and_silent_in_a_short_file(monkeypat
             assert "\n" not in shown and shown.endswith("\033[K\r\033[K")
         else:
             assert shown == ""
+    stream = Terminal()  # also where the work is broken off
+    monkeypatch.setattr("sys.stderr", stream)
+    for item in utils.progress("abcd", "work"):
+        if item == "c":
+            break
+    assert "work 2/4" in stream.getvalue() and stream.getvalue().endswith("\033[K\r\033[K")
 
 
 def test_durations_read_as_people_say_them():
