@@ -191,6 +191,7 @@ def _classes_of_colors(path, image, colors, is_palette):
     unnamed = sorted(counts.keys() - colors, key=counts.get, reverse=True)
     if unnamed:
         if is_palette and {colors.get(color, 0) for color in counts} <= {0, VOID}:
+            _say(f"{path.parent}: palettes in other colours than labelmap.txt's are read by index")
             return None
         some = ", ".join(f"{counts[color]:,} of {color}" for color in unnamed[:3])
         count = f"{sum(map(counts.get, unnamed)):,} pixels in {len(unnamed)} colours"
@@ -379,11 +380,25 @@ def _folder_split(name):
     return re.sub(r"^(train|val|test)(ing|id|idation)?$", r"\1", folder)
 
 
+def _share_out(root, split, names):
+    """Return a fifth of the names for `val`, the others for `train`: by a hash of each name alone."""
+    hashes = {hashlib.sha256(os.fsencode(name)).hexdigest(): name for name in names}
+    order = sorted(hashes)
+    if len(order) < 2:
+        raise DataError(f"{root}: has {len(order)} labelled images; training needs 2 at least")
+    few = sum(digest < "33" for digest in order)  # a fifth of ff; neither side is left empty
+    few = min(max(few, 1), len(order) - 1)
+    chosen = sorted(hashes[digest] for digest in (order[:few] if split == "val" else order[few:]))
+    some = f"{len(chosen)} of {len(order)} images, by their names, the same every time"
+    _say(f"{root} has no list of its splits: {split} is {some}")
+    return chosen
+
+
 def split_names(root, split, image_folder, pairs):
     """Return the names of the images in a split: those that ImageSets/Segmentation/SPLIT.txt lists.
 
-    A train.txt and val.txt may lie in `root` too, or the images in folders train/ and val/. Where a
-    folder has none of these, about a fifth of its images is for `val`, the others for `train`: of
+    A train.txt and val.txt may lie in `root` too, or images in folders train/, val/ and test/. Where
+    there is none of these, about a fifth of its images is for `val`, the others for `train`: of
     those in default.txt, or else of all that have a mask. Which split an image is in depends on its
     own name alone, so it stays there when others are added, save where a split would be empty.
     """
@@ -398,12 +413,13 @@ def split_names(root, split, image_folder, pairs):
         if not names:
             raise DataError(f"{lists[split]}: lists no images; write their names, one a line")
         return names
-    parts = {name: _folder_split(name) for name in pairs}
+    parts, wanted = {name: _folder_split(name) for name in pairs}, _folder_split(f"{split}/")
     folders = set(parts.values())
-    if "train" in folders and folders & {"val", "test"}:
-        if split in folders and (split != "train" or "val" in folders):
-            return [name for name in pairs if parts[name] == split]
-        pairs = {name: files for name, files in pairs.items() if parts[name] == "train"}
+    if wanted in folders and (wanted in ("val", "test") or {"train", "val"} <= folders):
+        return [name for name in pairs if parts[name] == wanted]
+    pairs = {name: files for name, files in pairs.items() if parts[name] not in ("val", "test")}
+    if split == "train" and "val" in folders:
+        return list(pairs)
     if split not in ("train", "val") or "train" in lists or "val" in lists:
         found = f"; beside it lie {', '.join(lists)}" if lists else ""
         if root.name in ("VOC2007", "VOC2012"):
@@ -412,23 +428,15 @@ def split_names(root, split, image_folder, pairs):
         path = beside.parent / f"{split}.txt"
         raise DataError(f"{path}: does not exist; it should list the split's images{found}")
     if "default" in lists:
-        names = _read_names(lists["default"], image_folder, pairs)
+        names = _read_names(lists["default"], image_folder, parts)
+        names = [name for name in names if name in pairs or name not in parts]
     else:
         names = [name for name in pairs if pairs[name][1] or roboflow]
         bare = [name for name in pairs if not (pairs[name][1] or roboflow)]
         if bare:
             some = f"{len(bare)} images, such as {bare[0]}"
             _say(f"{root}: {some}, have no mask of that name, a PNG, and are left out")
-    hashes = {hashlib.sha256(os.fsencode(name)).hexdigest(): name for name in names}
-    order = sorted(hashes)
-    if len(order) < 2:
-        raise DataError(f"{root}: has {len(order)} labelled images; training needs 2 at least")
-    few = sum(digest < "33" for digest in order)  # a fifth of ff; neither side is left empty
-    few = min(max(few, 1), len(order) - 1)
-    chosen = sorted(hashes[digest] for digest in (order[:few] if split == "val" else order[few:]))
-    some = f"{len(chosen)} of {len(order)} images, by their names, the same every time"
-    _say(f"{root} has no list of its splits: {split} is {some}")
-    return chosen
+    return _share_out(root, split, names)
 
 
 class VOC(Dataset):
@@ -862,12 +870,14 @@ def class_weights(dataset, scheme):
     return weights.float()
 
 
-def look_over(dataset):
-    """Read all of a data set, fill in its `masks`, print what it has; return what is wrong, lines."""
+def look_over(dataset, shades):
+    """Read all of a data set, fill in its `masks`, print what it has; return what is wrong, lines.
+
+    shades: {index: the colours that palettes give to it}, of the data sets looked at before.
+    """
     n, size, classes = len(dataset), dataset.size, dataset.classes
     dataset.masks = torch.full((n, size, size), VOID, dtype=torch.uint8)
     full, errors, turned = torch.zeros(n, 256, dtype=torch.int64), [], []
-    shades = collections.defaultdict(set)  # the colours that palettes give to each index
     for index in range(n):
         try:
             image, mask = dataset.read(index)
@@ -882,7 +892,7 @@ def look_over(dataset):
                 turned.append(dataset.names[index])
         if dataset.mask_paths[index] and not dataset.colors:
             with Image.open(dataset.mask_paths[index]) as file:
-                for color, i in file.palette.colors.items() if file.mode == "P" else ():
+                for color, i in file.palette.colors.items() if file.palette else ():
                     if full[index, i] and i != VOID:
                         shades[i].add(color)
     print(f"\n{dataset.root}: split {dataset.split}, {n} images, at {size}x{size}")
@@ -905,7 +915,7 @@ def look_over(dataset):
         print(f"{several} 0 and {VOID} alone: void, or an object that should be 1?")
     unclear = [str(i) for i, colors in shades.items() if len(colors) > 1]
     if unclear:
-        print(f"palettes give {', '.join(unclear)} different colours in different masks: mixed up?")
+        print(f"the masks' palettes disagree on the colour of {', '.join(unclear)}: mixed up?")
     if turned:
         some = f"{len(turned)} images, such as {turned[0]}"
         print(f"EXIF data turn or mirror {some}: their masks must be upright")
@@ -923,11 +933,11 @@ def main(argv=None):
     add("--splits", nargs="+", default=["train", "val"], metavar="NAME", help=how)
     add("--size", type=size, default=224, help="pixels are counted at this size; default: 224")
     args = parser.parse_args(argv)
-    sets, errors = [], []
+    sets, errors, shades = [], [], collections.defaultdict(set)
     for split in args.splits:
         try:
             sets.append(VOC(args.data, split, args.size, load=False))
-            errors += [f"{split}: {line}" for line in look_over(sets[-1])]
+            errors += [f"{split}: {line}" for line in look_over(sets[-1], shades)]
         except DataError as error:
             errors.append(f"{split}: {error}")
     used = [path for dataset in sets for path in set(dataset.image_paths)]

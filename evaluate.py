@@ -272,8 +272,8 @@ def compare(paths, checkpoints, evaluations, out, args, device):
             first, spread = dataset, torch.linspace(0, len(dataset) - 1, min(6, len(dataset)))
             shown = [first.names.index(n) for n in args.images or ()] or spread.int().tolist()
             images, rows["truth"] = first[shown]
-        same = dataset.classes == first.classes and dataset.names == first.names
-        if not same or loaded[1]["data"] != evaluations[0]["data"]:
+        parts = ("classes", "names", "root")
+        if any(getattr(dataset, part) != getattr(first, part) for part in parts):
             said = f"{path}: has other images or masks than {paths[0]}"
             raise utils.UserError(f"{said}; say --data or --split")
         title = f"{name}\nmIoU {results[name]['mean_iou']:.4f}"

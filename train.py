@@ -166,10 +166,10 @@ def fit(run):
         train_one_epoch(run, epoch)
         train_seconds = time.monotonic() - started
         val_loss, cm = validate(run)
-        finite = all(weight.isfinite().all() for weight in run.model.parameters())
+        finite = all(tensor.isfinite().all() for tensor in run.average.state_dict().values())
         if not (finite and math.isfinite(run.loss + val_loss)):
             raise utils.UserError(
-                f"epoch {epoch}/{args.epochs}: the loss is {run.loss}, in validation {val_loss}; nothing "
+                f"epoch {epoch}/{args.epochs}: a loss (nan or inf) or a weight is no finite number; nothing "
                 "of this epoch is kept; start anew with a smaller --lr, or go on with --no-amp"
             )
         signal = run.stop_signal()

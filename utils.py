@@ -188,7 +188,8 @@ def run_folder(args, resumed, rank=0):
         yield out
         return
     files = [out / name for name in ("last.pt", "best.pt", "log.csv", "settings.json")]
-    or_else = f"--resume {out}" if files[0].exists() else "delete it: that run has saved nothing"
+    saved = any(file.exists() for file in files[:2])
+    or_else = f"--resume {out}" if saved else "delete it, if that run is over: it saved no network"
     for file in files:
         if file.exists():
             raise UserError(f"{file}: is of another run; choose another --out, or {or_else}")
@@ -808,7 +809,7 @@ def write_log(run, rows):
             writer.writeheader()
             writer.writerows(rows)
     except PermissionError as error:  # Excel has it open
-        print(f"{error}; the next epoch's writing makes up for it")
+        print(f"{error}; close it: a later epoch writes all rows")
 
 
 def read_log(run):

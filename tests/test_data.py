@@ -825,15 +825,15 @@ def test_a_palettes_color_without_a_name_is_refused_where_others_have_one(tmp_pa
 
 def test_the_look_over_sees_palettes_that_disagree(tmp_path, capsys):
     bare_folder(tmp_path, [f"p{i}.jpg" for i in range(6)])
-    call(data, "--data", tmp_path, "--size", 32)
-    assert "palettes" not in capsys.readouterr().out
-    for i in range(6):
-        path = tmp_path / f"masks/p{i}.png"
-        mask = Image.open(path)
-        mask.putpalette([0, 0, 0, *((0, 250, 0) if i % 2 else (250, 0, 0))])
-        mask.save(path)
-    assert call(data, "--data", tmp_path, "--size", 32) == 0
-    assert "palettes give 1 different colours in different masks" in capsys.readouterr().out
+    for folder, mixed in ((tmp_path, False), (tmp_path, True)):
+        for path in (folder / "masks").iterdir():
+            mask = Image.fromarray(np.array(Image.open(path)))
+            in_val = mixed and path.stem in data.VOC(folder, "val", 32).names
+            mask.putpalette([0, 0, 0, *((0, 250, 0) if in_val else (250, 0, 0))])
+            mask.save(path)
+        assert call(data, "--data", folder, "--size", 32) == 0
+        said = "the masks' palettes disagree on the colour of 1: mixed up?"
+        assert (said in capsys.readouterr().out) == mixed
 
 
 def test_class_lists_of_other_tools(tmp_path):
@@ -1104,22 +1104,33 @@ def test_splits_that_lie_in_folders_or_in_lists_beside_them(tmp_path):
 
 @pytest.mark.parametrize(
     "folders",
-    [("training", "validation", "testing"), ("Train", "Valid", "Test"), ("train", "", "test")],
+    [
+        ("training/", "validation/", "testing/"),
+        ("Train/", "Valid/", "Test/"),
+        ("", "val/", "test/"),
+        ("train/", None, "test/"),
+        ("", None, "testing/"),
+    ],
 )
 def test_folders_of_splits_are_never_mixed(tmp_path, folders):
-    for folder, stems in zip(folders, ("abcdef", "gh", "ijk")):
-        files = [f"{folder}/{stem}.jpg" for stem in stems] if folder else []
-        bare_folder(tmp_path, files, mask=f"{folder}/{{}}.png")
-    names = {split: set(data.VOC(tmp_path, split, 32).names) for split in ("train", "val", "test")}
-    train, val, test = (
-        {f"{folder}/{stem}" for stem in stems}
-        for folder, stems in zip(folders, ("abcdef", "gh", "ijk"))
-    )
-    assert names["test"] == test
-    if folders[1]:
-        assert names["train"] == train and names["val"] == val
-    else:  # a part of train/ is for validation
-        assert names["train"] | names["val"] == train and names["train"] and names["val"]
+    truth = {}
+    for split, folder, stems in zip(("train", "val", "test"), folders, ("abcdef", "gh", "ijk")):
+        truth[split] = {f"{folder}{stem}" for stem in stems} if folder is not None else set()
+        files = [f"{name}.jpg" for name in truth[split]]
+        bare_folder(tmp_path, files, mask=f"{folder or ''}{{}}.png")
+    every = set.union(*truth.values())
+    for listed in (False, True):  # CVAT lists a task's images, whatever folders they are in
+        if listed and not truth["val"]:
+            (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+            (tmp_path / "ImageSets/Segmentation/default.txt").write_text("\n".join(every))
+        names = {split: set(data.VOC(tmp_path, split, 32).names) for split in truth}
+        assert names["test"] == truth["test"]
+        if truth["val"]:
+            assert names == truth
+        else:  # a part of the rest is for validation
+            assert names["train"] | names["val"] == truth["train"] and names["train"]
+            assert names["val"] and not names["train"] & names["val"]
+    assert set(data.VOC(tmp_path, folders[2].strip("/"), 32).names) == truth["test"]
 
 
 def test_photos_may_be_called_like_splits(tmp_path):

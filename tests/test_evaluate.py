@@ -394,6 +394,15 @@ def test_runs_on_other_data_of_the_same_names_are_not_compared(colors):
     call(evaluate, "one", "two", "--data", "own-one")
 
 
+def test_the_same_data_under_another_name_is_the_same(colors):
+    root = write_data(Path("own"), train=TRAIN, val=VAL)
+    write_run(Path("one/best.pt"), root)
+    write_run(Path("two/best.pt"), root)
+    checkpoint = torch.load("two/best.pt", weights_only=True)
+    torch.save(checkpoint | {"data": "own/../own"}, "two/best.pt")
+    call(evaluate, "one", "two")
+
+
 def test_the_comparisons_table_tells_by_flags_how_runs_differ():
     base = {"mean_iou": 0.5, "pixel_accuracy": 0.5, "iou": {"a": 0.5}, "model": "fcn", "size": 64}
     base |= {"parameters": 5, "images_per_second": 1.0, "epoch": 1}

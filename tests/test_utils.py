@@ -43,7 +43,9 @@ def test_a_cuda_graph_learns_what_the_model_itself_learns(amp):
     plain, recorded = train(False), train(True)
     assert plain["1.num_batches_tracked"] == recorded["1.num_batches_tracked"] == 5
     for name, value in plain.items():
-        torch.testing.assert_close(recorded[name], value, rtol=1e-4, atol=1e-5)
+        # One rounding to bfloat16 is about 4e-3.
+        limits = {"rtol": 1e-2, "atol": 1e-3} if amp else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(recorded[name], value, **limits)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
@@ -279,7 +281,7 @@ def test_a_log_that_a_spreadsheet_has_open_does_not_end_the_run(tmp_path, monkey
     monkeypatch.setattr("builtins.open", locked)
     utils.write_log(tmp_path, [{"epoch": 1}])
     monkeypatch.undo()
-    assert "'log.csv'; the next epoch's writing makes up for it" in capsys.readouterr().out
+    assert "'log.csv'; close it: a later epoch writes all rows" in capsys.readouterr().out
     utils.write_log(tmp_path, [{"epoch": 1}, {"epoch": 2}])
     assert (tmp_path / "log.csv").read_text().split() == ["epoch", "1", "2"]
 
