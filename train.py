@@ -169,8 +169,8 @@ def fit(run):
         finite = all(tensor.isfinite().all() for tensor in run.average.state_dict().values())
         if not (finite and math.isfinite(run.loss + val_loss)):
             raise utils.UserError(
-                f"epoch {epoch}/{args.epochs}: a loss (nan or inf) or a weight is no finite number; nothing "
-                "of this epoch is kept; start anew with a smaller --lr, or go on with --no-amp"
+                f"epoch {epoch}/{args.epochs}: a loss or a weight is not finite (loss {run.loss}, in "
+                f"validation {val_loss}); nothing of this epoch is kept; start anew with a smaller --lr"
             )
         signal = run.stop_signal()
         if signal:
