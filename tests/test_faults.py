@@ -20,7 +20,7 @@ import data
 import train
 import utils
 
-KILLS = 5
+KILLS = 3
 RELIABILITY = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -75,7 +75,7 @@ def wait_for_epochs(process, log, count):
 
 def test_killed_at_random_and_resumed_ends_as_if_it_never_was(voc, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    epochs = 12  # the last kill may come when six are done
+    epochs = 8  # the last kill may come when four are done
     call(train, *settings(voc, "whole", epochs))
     last_row = utils.load_checkpoint("whole/last.pt")["history"][-1]
     chance = random.Random(time.time_ns())
