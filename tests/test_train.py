@@ -52,7 +52,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch, no_pictures):
 
 def quick_train(*args, name="run", epochs=2):
     settings = ("--epochs", epochs, "--size", 32, "--batch-size", 2, "--device", "cpu")
-    return call(train, *settings, "--out", name, *args)
+    call(train, *settings, "--out", name, *args)
 
 
 def state_of(path):
