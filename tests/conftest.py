@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import evaluate
+import models
 import utils
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -62,6 +64,24 @@ def no_pictures(monkeypatch):
         (evaluate, "draw_class_iou"),
     ):
         monkeypatch.setattr(module, name, lambda *args: None)
+
+
+class Small(models.EncoderDecoder):
+    """The FCN with few layers, and dropout: it trains and saves at once.
+
+    For tests of what is alike for all networks.
+    """
+
+    def __init__(self, num_classes=21):
+        encoder = models.down(3, 16), models.down(16, 32), nn.Dropout2d(0.1)
+        decoder = models.up(32, 16), models.up(16, 16), nn.Conv2d(16, num_classes, kernel_size=1)
+        super().__init__(nn.Sequential(*encoder), nn.Sequential(*decoder))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Make `Small` a model that scripts know by this name, where they run in this process."""
+    monkeypatch.setitem(models.MODELS, "small", Small)
 
 
 class Process:

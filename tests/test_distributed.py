@@ -50,12 +50,17 @@ voc.DATASET_YEAR_DICT["2007"] = json.load(open("entry.json"))
 """
 
 
-def start(folder, processes, *args, change=""):
-    """Start a changed train.py in several processes, with the environment that torchrun gives them."""
+def write_script(folder, change=""):
+    """Write train_.py, which is train.py with the small network and another change."""
     (folder / "train_.py").write_text(
         f"import sys, torch\nsys.path.insert(0, {str(REPOSITORY)!r})\n{TINY}{change}\n"
         "import data, train, utils\nutils.cli(train.main, data.DataError)\n"
     )
+
+
+def start(folder, processes, *args, change=""):
+    """Start a changed train.py in several processes, with the environment that torchrun gives them."""
+    write_script(folder, change)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -74,8 +79,8 @@ def read_rows(path):
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
-def flags(*more, model="tiny"):
-    common = ("--data", "voc", "--model", model, "--size", 32, "--device", "cpu", "--no-amp")
+def flags(*more):
+    common = ("--data", "voc", "--model", "tiny", "--size", 32, "--device", "cpu", "--no-amp")
     return (*common, *more)
 
 
@@ -111,10 +116,11 @@ def test_two_processes_train_and_score_as_one_does(tmp_path):
 
 def test_torchrun_itself_hands_a_signal_on_and_the_run_is_saved(tmp_path):
     write_voc(tmp_path / "voc", {"train": 40, "val": 2})
+    write_script(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    args = flags("--batch-size", 4, "--epochs", 500, "--out", "run", model="fcn")
+    args = flags("--batch-size", 4, "--epochs", 500, "--out", "run")
     torchrun = subprocess.Popen(
-        [*command, REPOSITORY / "train.py", *map(str, args)],
+        [*command, "train_.py", *map(str, args)],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

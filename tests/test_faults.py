@@ -12,24 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Process, call, run_script, write_voc
+from conftest import REPOSITORY, Process, Small, call, run_script, write_voc
 from PIL import Image
 from PIL.PngImagePlugin import putchunk
 
 import data
+import models
 import train
 import utils
 
-KILLS = 3
+KILLS = 5
 RELIABILITY = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures", "small")
 
 # ---------------------------------------------------------------------------------------- resuming
 
 
-def settings(root, out, epochs):
-    flags = ("--model", "darrennet", "--data", root, "--augment", "--cosine", "--device", "cpu")
+def settings(root, out, epochs, model="small"):
+    flags = ("--model", model, "--data", root, "--augment", "--cosine", "--device", "cpu")
     sizes = ("--size", 32, "--batch-size", 2, "--epochs", epochs, "--out", out)
     return [str(flag) for flag in (*flags, *sizes)]
 
@@ -73,16 +74,28 @@ def wait_for_epochs(process, log, count):
         time.sleep(0.01)
 
 
+# train.py with the small network, which saves each epoch.
+SAVES_EACH_EPOCH = f"""
+import sys
+sys.path[:0] = {[str(REPOSITORY), str(REPOSITORY / "tests")]!r}
+import conftest, data, models, train, utils
+models.MODELS["small"] = conftest.Small
+train.SAVE_EVERY = 0
+utils.cli(train.main, data.DataError)
+"""
+
+
 def test_killed_at_random_and_resumed_ends_as_if_it_never_was(voc, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    epochs = 8  # the last kill may come when four are done
+    Path("train_.py").write_text(SAVES_EACH_EPOCH)
+    epochs = 60  # many more than are done when the last kill comes
     call(train, *settings(voc, "whole", epochs))
     last_row = utils.load_checkpoint("whole/last.pt")["history"][-1]
     chance = random.Random(time.time_ns())
     command, log = settings(voc, "killed", epochs), Path("killed/log.csv")
     done = []
     for _ in range(KILLS):
-        process = Process("train.py", *command, cwd=tmp_path)
+        process = Process(tmp_path / "train_.py", *command, cwd=tmp_path)
         wait_for_epochs(process, log, done[-1] if done else 0)
         time.sleep(chance.uniform(0, last_row["seconds"]))
         os.kill(process.pid, signal.SIGKILL)
@@ -101,7 +114,7 @@ def test_killed_at_random_and_resumed_ends_as_if_it_never_was(voc, tmp_path, mon
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_says_how_to_go_on_and_exits(voc, tmp_path, number):
-    process = Process("train.py", *settings(voc, "run", 200), cwd=tmp_path)
+    process = Process("train.py", *settings(voc, "run", 200, "darrennet"), cwd=tmp_path)
     wait_for_epochs(process, tmp_path / "run/log.csv", 0)
     os.kill(process.pid, number)
     result = process.wait()
@@ -120,7 +133,9 @@ def whole(tmp_path_factory):
     """A folder with a VOC folder, and a run of two epochs, whole/, that nothing has stopped."""
     folder = tmp_path_factory.mktemp("whole")
     root = write_voc(folder / "voc")
-    call(train, *settings(root, folder / "whole", 2), *GROWING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "small", Small)
+        call(train, *settings(root, folder / "whole", 2), *GROWING)
     return folder
 
 
@@ -149,7 +164,7 @@ def test_stopped_in_the_middle_of_an_epoch_nothing_is_lost(whole, tmp_path, monk
 def test_a_full_disk_leaves_the_earlier_checkpoints(voc, tmp_path, monkeypatch):
     pytest.importorskip("resource")
     monkeypatch.chdir(tmp_path)
-    call(train, *settings(voc, "run", 1))
+    call(train, *settings(voc, "run", 1, "darrennet"))
     before = {name: Path("run", name).read_bytes() for name in ("best.pt", "last.pt", "log.csv")}
     # Files cannot grow beyond a megabyte: a write fails half-way, as on a full disk.
     Path("small_files.py").write_text(
@@ -222,7 +237,8 @@ def test_a_batch_without_a_labelled_pixel_teaches_nothing_and_harms_nothing(tmp_
         path = root / "SegmentationClass" / f"{name}.png"
         Image.new("L", Image.open(path).size, data.VOID).save(path)
     monkeypatch.chdir(tmp_path)
-    call(train, "--data", root, "--size", 64, "--batch-size", 1, "--epochs", 2, "--out", "run")
+    flags = ("--size", 64, "--batch-size", 1, "--epochs", 2, "--out", "run")
+    call(train, "--data", root, "--model", "small", *flags)
     state = utils.load_checkpoint("run/last.pt")["state_dict"]
     assert all(tensor.isfinite().all() for tensor in state.values())
 
@@ -230,7 +246,7 @@ def test_a_batch_without_a_labelled_pixel_teaches_nothing_and_harms_nothing(tmp_
 def test_one_image_trains_and_is_told_what_that_means(tmp_path, monkeypatch, capsys):
     root = write_voc(tmp_path / "voc", {"train": 1, "val": 1})
     monkeypatch.chdir(tmp_path)
-    call(train, "--data", root, "--model", "fcn", "--size", 64, "--epochs", 1, "--out", "run")
+    call(train, "--data", root, "--model", "small", "--size", 64, "--epochs", 1, "--out", "run")
     assert "the training set is one image" in capsys.readouterr().out
     flags = ("--data", root, "--model", "fcn", "--size", 32, "--epochs", 1, "--out", "small")
     result = run_script("train.py", *flags, cwd=tmp_path)
@@ -442,7 +458,7 @@ def test_odd_but_good_folders_train_and_score(tmp_path, monkeypatch):
         Image.new("RGB", size, "red").save(root / f"JPEGImages/{name}.jpg")
         Image.new("L", size, 3).save(root / f"SegmentationClass/{name}.png")
     monkeypatch.chdir(tmp_path)
-    flags = ("--model", "fcn", "--size", 32, "--epochs", 1, "--out", "run")
+    flags = ("--model", "small", "--size", 32, "--epochs", 1, "--out", "run")
     call(train, "--data", root, "--val-split", "train", *flags)
     import evaluate
 

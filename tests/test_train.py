@@ -46,7 +46,7 @@ COLUMNS = [
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch, no_pictures):
+def in_a_folder_of_its_own(tmp_path, monkeypatch, no_pictures, small):
     monkeypatch.chdir(tmp_path)
 
 
@@ -71,10 +71,9 @@ def same_weights(a, b):
 # ------------------------------------------------------------------------------ whole runs
 
 
-@pytest.mark.parametrize("model", ["fcn", "darrennet"])
-def test_a_run_leaves_what_it_should(tmp_path, voc, model):
+def test_a_run_leaves_what_it_should(tmp_path, voc):
     flags = ("--augment", "--cosine", "--class-weights", "--size", 32, "--batch-size", 2)
-    settings = ("--model", model, "--data", voc, "--epochs", 2, "--out", "run", *flags)
+    settings = ("--model", "darrennet", "--data", voc, "--epochs", 2, "--out", "run", *flags)
     printed = check(run_script("train.py", *settings, cwd=tmp_path))
     assert "best: epoch" in printed and "evaluate.py run/best.pt" in printed
     with open("run/log.csv", newline="") as file:
@@ -86,7 +85,7 @@ def test_a_run_leaves_what_it_should(tmp_path, voc, model):
         pixels = np.array(Image.open(f"run/{picture}").convert("L"))
         assert min(pixels.shape) > 300 and pixels.std() > 10
     best = state_of("run/best.pt")
-    assert best["model"] == model and len(best["classes"]) == len(best["palette"]) == 21
+    assert best["model"] == "darrennet" and len(best["classes"]) == len(best["palette"]) == 21
     assert best["size"] == 32 and "optimizer" not in best
     assert best["metrics"]["val_mean_iou"] == max(float(row["val_mean_iou"]) for row in rows)
 
@@ -94,7 +93,7 @@ def test_a_run_leaves_what_it_should(tmp_path, voc, model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders_of_the_labelling_tools_train_score_and_predict(tmp_path, kind):
     write_folder(tmp_path / "own", kind)
-    quick_train("--model", "fcn", "--data", "own", epochs=1)
+    quick_train("--model", "small", "--data", "own", epochs=1)
     call(evaluate, "run/best.pt", "--out", "scores")
     metrics = json.loads(Path("scores/metrics.json").read_text())
     assert [name.strip("_") for name in metrics["iou"]] == ["background", "cat", "dog"]
@@ -109,32 +108,32 @@ def test_folders_of_the_labelling_tools_train_score_and_predict(tmp_path, kind):
 def test_same_seed_same_weights(voc):
     flags = ("--model", "darrennet", "--data", voc, "--augment", "--cosine")
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
-        quick_train(*flags, "--seed", seed, name=name)
+        quick_train(*flags, "--seed", seed, name=name, epochs=1)
     one, two, other = (state_of(f"{name}/last.pt") for name in ("one", "two", "other"))
     assert same_weights(one, two) and not same_weights(one, other)
 
 
 def test_resume_needs_no_flags_and_ends_with_the_same_weights(tmp_path, voc):
     flags = ("--model", "darrennet", "--data", voc, "--augment", "--seed", 3)
-    quick_train(*flags, name="runs/whole", epochs=4)
-    quick_train(*flags, name="runs/halves", epochs=2)
+    quick_train(*flags, name="runs/whole", epochs=3)
+    quick_train(*flags, name="runs/halves", epochs=1)
     refused = run_script("train.py", *flags, "--out", "runs/halves", cwd=tmp_path)
     assert refused.returncode == 2 and "runs/halves/last.pt: is of another run" in refused.stderr
     torch.manual_seed(99)  # what the process did before must not matter
-    call(train, "--resume", "--epochs", 4)  # the newest run
+    call(train, "--resume", "--epochs", 3)  # the newest run
     whole, halves = (state_of(f"runs/{name}/last.pt") for name in ("whole", "halves"))
     assert same_weights(whole, halves)
-    assert [row["epoch"] for row in halves["history"]] == [1, 2, 3, 4]
-    assert len(Path("runs/halves/log.csv").read_text().splitlines()) == 5
+    assert [row["epoch"] for row in halves["history"]] == [1, 2, 3]
+    assert len(Path("runs/halves/log.csv").read_text().splitlines()) == 4
 
 
 def test_runs_are_numbered_and_the_newest_is_the_default(voc, capsys):
-    settings = ("--model", "fcn", "--data", voc, "--epochs", 1, "--size", 32, "--batch-size", 2)
+    settings = ("--model", "small", "--data", voc, "--epochs", 1, "--size", 32, "--batch-size", 2)
     for _ in range(2):
         call(train, *settings)
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["fcn", "fcn-2"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["small", "small-2"]
     call(evaluate)
-    assert "runs/fcn-2/best.pt" in capsys.readouterr().out
+    assert "runs/small-2/best.pt" in capsys.readouterr().out
 
 
 def test_the_newest_run_is_the_one_that_was_trained_last(capsys):
@@ -151,14 +150,14 @@ def test_the_newest_run_is_the_one_that_was_trained_last(capsys):
 
 
 def test_commands_to_paste_are_quoted_and_a_jump_of_the_rate_is_said(voc, capsys):
-    quick_train("--data", voc, "--model", "fcn", "--cosine", name="my run", epochs=1)
+    quick_train("--data", voc, "--model", "small", "--cosine", name="my run", epochs=1)
     assert 'python evaluate.py "my run/best.pt"\n' in capsys.readouterr().out
     call(train, "--resume", "my run", "--epochs", 2)
     assert "annealed over 2 epochs now, so it jumps" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(voc, monkeypatch):
-    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    quick_train("--model", "small", "--data", voc, epochs=1)
     before = Path("run/last.pt").read_bytes()
     monkeypatch.setattr(data, "normalize", lambda images: images * float("nan"))
     with pytest.raises(utils.UserError, match=r"epoch 2/3: .* is not finite \(loss nan.*--lr"):
@@ -206,6 +205,11 @@ ROWS = {
 }
 
 
+def save_nothing(run):
+    """Leave an empty last.pt: with the optimizer of a large network it takes longer than all else."""
+    (run.out / "last.pt").touch()
+
+
 @pytest.mark.parametrize("name", ROWS.values())
 def test_a_row_of_each_network_trains_scores_and_predicts(
     name, voc, trained_encoders, monkeypatch, capsys
@@ -214,8 +218,7 @@ def test_a_row_of_each_network_trains_scores_and_predicts(
     monkeypatch.chdir(trained_encoders)  # where the row of ERFNet's encoder names its file
     flags = results_table()[name]
     run = voc / "run"
-    # An empty last.pt: with the optimizer of a large network it takes longer than all else here.
-    monkeypatch.setattr(train, "save_last", lambda run: (run.out / "last.pt").touch())
+    monkeypatch.setattr(train, "save_last", save_nothing)
     call(train, *flags, "--data", voc, "--epochs", 1, "--size", 32, "--out", run)
     assert ("erfnet" in name.lower()) == (
         "226 tensors loaded; left out: module" in capsys.readouterr().out
@@ -235,9 +238,8 @@ def test_the_results_have_a_row_for_each_result_of_the_paper():
     assert len(results_table()) == 18
     for flags in results_table().values():
         train.make_parser().parse_args(flags)
-    assert {flags[flags.index("--model") + 1] for flags in results_table().values()} == set(
-        models.MODELS
-    )
+    named = {flags[flags.index("--model") + 1] for flags in results_table().values()}
+    assert named | {"small"} == set(models.MODELS)
 
 
 def test_the_script_of_the_results_runs_each_row_that_has_results(tmp_path):
@@ -268,6 +270,7 @@ def test_the_script_of_the_results_runs_each_row_that_has_results(tmp_path):
 
 def test_pretrained_encoders_start_from_torchvisions_file(voc, trained_encoders, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(trained_encoders))
+    monkeypatch.setattr(train, "save_last", save_nothing)
     quick_train("--model", "resnet34_fcn", "--data", voc, "--lr", 0, epochs=1)
     weights = torch.load(trained_encoders / "hub/checkpoints/resnet34-b627a593.pth")
     state = state_of("run/best.pt")["state_dict"]
@@ -289,7 +292,7 @@ def test_without_network_the_error_says_where_the_weights_go(tmp_path, voc):
 
 
 def test_encoder_weights_of_another_network_are_refused(tmp_path, voc):
-    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    quick_train("--model", "small", "--data", voc, epochs=1)
     flags = ("--model", "darrennet", "--data", voc, "--encoder-weights", "run/best.pt")
     result = run_script("train.py", *flags, "--out", "other", cwd=tmp_path)
     assert result.returncode == 2 and not Path("other").exists()
@@ -300,7 +303,7 @@ def test_encoder_weights_of_another_network_are_refused(tmp_path, voc):
 
 
 def test_cosine_is_pytorchs_annealing_by_the_step(voc):
-    quick_train("--model", "fcn", "--data", voc, "--cosine", "--lr", 0.01, epochs=3)
+    quick_train("--model", "small", "--data", voc, "--cosine", "--lr", 0.01, epochs=3)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], 0.01)
     expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3 * (5 // 2))
@@ -336,7 +339,7 @@ def test_steps_take_the_transform_the_weights_and_the_rate_that_were_asked_for(v
     monkeypatch.setattr(data, "augment", recording_augment)
     monkeypatch.setattr(train, "criterion", recording_criterion)
     flags = ("--augment", "flip", "--class-weights", "median", "--cosine", "--lr", 0.01)
-    quick_train("--model", "fcn", "--data", voc, *flags)
+    quick_train("--model", "small", "--data", voc, *flags)
     assert modes == ["flip"] * 4  # two epochs of two batches
     assert rates == pytest.approx([0.005 * (1 + np.cos(np.pi * step / 4)) for step in range(4)])
     expected = data.class_weights(data.VOC(voc, "train", 32), "median")
@@ -362,7 +365,7 @@ def test_the_average_follows_the_weights_for_as_long_as_it_should():
 
 
 def test_the_average_is_what_is_scored_and_kept(voc):
-    quick_train("--model", "fcn", "--data", voc, "--no-amp", "--lr", 0.01, name="averaged")
+    quick_train("--model", "small", "--data", voc, "--no-amp", "--lr", 0.01, name="averaged")
     last = state_of("averaged/last.pt")
     dataset = data.VOC(voc, "val", size=32)
     losses = []
@@ -376,7 +379,7 @@ def test_the_average_is_what_is_scored_and_kept(voc):
     assert logged == pytest.approx(losses[0], rel=1e-5)
     assert logged != pytest.approx(losses[1], rel=1e-4)
     flags = ("--no-amp", "--lr", 0.01, "--ema", 0)
-    quick_train("--model", "fcn", "--data", voc, *flags, name="plain")
+    quick_train("--model", "small", "--data", voc, *flags, name="plain")
     assert same_weights(state_of("plain/last.pt"), {"state_dict": last["trained"]})
 
 
@@ -404,14 +407,14 @@ def test_images_grow_and_cosine_annealing_starts_anew_with_each_size(voc, monkey
 
 
 def test_a_run_that_goes_on_for_more_epochs_keeps_the_size_it_has_come_to(voc):
-    flags = ("--model", "fcn", "--data", voc, "--progressive", "--size", 96)
+    flags = ("--model", "small", "--data", voc, "--progressive", "--size", 96)
     quick_train(*flags, epochs=2)
     call(train, "--resume", "run/last.pt", "--epochs", 4)
     assert [row["size"] for row in state_of("run/last.pt")["history"]] == [64, 96, 96, 96]
 
 
 def test_a_run_made_longer_has_the_rate_and_the_time_of_its_size(voc, capsys):
-    flags = ("--model", "fcn", "--data", voc, "--progressive", "--size", 96, "--cosine")
+    flags = ("--model", "small", "--data", voc, "--progressive", "--size", 96, "--cosine")
     quick_train(*flags, epochs=3)
     call(train, "--resume", "run", "--epochs", 6)
     last = state_of("run/last.pt")
@@ -426,7 +429,7 @@ def test_a_run_made_longer_has_the_rate_and_the_time_of_its_size(voc, capsys):
 
 
 def test_a_full_gpus_run_goes_on_with_a_smaller_batch(voc):
-    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    quick_train("--model", "small", "--data", voc, epochs=1)
     call(train, "--resume", "run", "--epochs", 2, "--batch-size", 3)
     steps = {
         state["step"].item() for state in state_of("run/last.pt")["optimizer"]["state"].values()
@@ -435,7 +438,7 @@ def test_a_full_gpus_run_goes_on_with_a_smaller_batch(voc):
 
 
 def test_a_run_that_was_stopped_at_a_size_keeps_it_when_it_goes_on_for_more_epochs(voc):
-    quick_train("--model", "fcn", "--data", voc, "--progressive", "--size", 96, epochs=1)
+    quick_train("--model", "small", "--data", voc, "--progressive", "--size", 96, epochs=1)
     last = state_of("run/last.pt")
     assert last["size"] == 96  # of three epochs the first has 64
     last |= {"history": [], "unfinished_epoch": {"step": 1, "loss": 2.5}}
@@ -462,7 +465,7 @@ def test_defaults_are_for_growing_images_or_large_ones(
     tmp_path, flags, progressive, epochs, batch, lr, decay
 ):
     write_voc(tmp_path / "voc", {"train": 17, "val": 1})
-    flags = ("--model", "fcn", "--data", "voc", "--out", "run", *flags)
+    flags = ("--model", "small", "--data", "voc", "--out", "run", *flags)
     args = train.make_parser().parse_args([str(flag) for flag in flags])
     run = train.set_up(args, None, torch.device("cpu"))
     assert (args.progressive, args.epochs, run.batch_size) == (progressive, epochs, batch)
@@ -490,7 +493,7 @@ def test_pretrained_networks_see_large_images_from_the_start(voc, trained_encode
 
 
 def test_patience_stops_the_run(voc, capsys):
-    quick_train("--model", "fcn", "--data", voc, "--lr", 0, "--patience", 2, epochs=40)
+    quick_train("--model", "small", "--data", voc, "--lr", 0, "--patience", 2, epochs=40)
     epochs = len(Path("run/log.csv").read_text().splitlines()) - 1
     best = state_of("run/best.pt")["epoch"]
     assert epochs == best + 2 < 40
@@ -524,7 +527,7 @@ def dice(logits, masks, weights, ce=train.criterion):
 
 
 def test_a_term_added_to_the_loss_counts_in_training_and_in_validation(voc, monkeypatch):
-    flags = ("--model", "fcn", "--data", voc, "--no-amp")
+    flags = ("--model", "small", "--data", voc, "--no-amp")
     quick_train(*flags, name="plain", epochs=1)
     ce = train.criterion
     monkeypatch.setattr(train, "criterion", lambda *batch: ce(*batch) + 3)
@@ -541,7 +544,7 @@ def test_a_term_added_to_the_loss_counts_in_training_and_in_validation(voc, monk
 
 def test_adams_moments_take_the_layout_of_the_weights_they_belong_to(voc):
     """A checkpoint of a device that keeps another layout goes on as one of this device would."""
-    quick_train("--model", "darrennet", "--data", voc, epochs=1)
+    quick_train("--model", "small", "--data", voc, epochs=1)
     last = state_of("run/last.pt")
     parameter = next(i for i, p in enumerate(last["trained"].values()) if p.ndim == 4)
     moments = last["optimizer"]["state"]
@@ -594,7 +597,7 @@ def test_a_step_on_a_gpu_waits_for_no_copy(monkeypatch):
     for images in (4, 8):
         with FakeTensorMode(allow_non_fake_inputs=True):
             with torch.device("cuda"):
-                model, average = models.build_model("fcn"), models.build_model("fcn")
+                model, average = models.build_model("small"), models.build_model("small")
 
             def backward(loss, model=model):  # the real one asks for a real GPU
                 for parameter in model.parameters():
@@ -682,7 +685,7 @@ def test_a_part_that_came_pretrained_is_not_initialised_again(voc, monkeypatch, 
 
 
 def test_settings_json_tells_the_commands_and_every_setting(voc):
-    quick_train("--model", "fcn", "--data", voc, "--augment", "--size", 96, epochs=1)
+    quick_train("--model", "small", "--data", voc, "--augment", "--size", 96, epochs=1)
     call(train, "--resume", "run", "--epochs", 2)
     stored = json.loads(Path("run/settings.json").read_text())
     assert len(stored["commands"]) == 2 and stored["commands"][1].endswith(
@@ -696,7 +699,7 @@ def test_settings_json_tells_the_commands_and_every_setting(voc):
 
 
 def test_what_a_flag_brings_with_it_is_said(voc, capsys):
-    flags = ["--model", "fcn", "--data", str(voc), "--augment", "--epochs", "32"]
+    flags = ["--model", "small", "--data", str(voc), "--augment", "--epochs", "32"]
     train.set_up(train.make_parser().parse_args(flags), None, torch.device("cpu"))
     said = capsys.readouterr().out.splitlines()[0]
     assert "images grow (64, 128, 224), because of --augment" in said
@@ -710,7 +713,7 @@ def test_what_a_flag_brings_with_it_is_said(voc, capsys):
 def test_a_run_is_gone_on_with_by_its_folder_or_by_its_command(voc, tmp_path, monkeypatch):
     """The batch size of the command is larger than the set; the data's path is relative."""
     monkeypatch.chdir(voc.parent)
-    flags = ("--model", "fcn", "--data", "voc", "--size", 32, "--batch-size", 16, "--out", "run")
+    flags = ("--model", "small", "--data", "voc", "--size", 32, "--batch-size", 16, "--out", "run")
     call(train, *flags, "--epochs", 1)
     call(train, *flags, "--epochs", 2, "--resume")
     call(train, "--resume", "run", "--epochs", 3)
@@ -724,7 +727,7 @@ def test_a_run_is_gone_on_with_by_its_folder_or_by_its_command(voc, tmp_path, mo
 
 def test_a_resumed_run_keeps_its_images_though_the_folder_has_grown(tmp_path):
     write_folder(tmp_path / "own", "plain")
-    quick_train("--model", "fcn", "--data", "own", epochs=1)
+    quick_train("--model", "small", "--data", "own", epochs=1)
     before = state_of("run/last.pt")["images"]
     assert sorted(before["train"] + before["val"]) == [f"a{i}" for i in range(10)]
     for i in range(10, 30):
@@ -737,18 +740,18 @@ def test_a_resumed_run_keeps_its_images_though_the_folder_has_grown(tmp_path):
 
 
 def test_processes_after_the_first_do_not_repeat_their_transforms_after_resuming(voc):
-    args = train.make_parser().parse_args(["--data", str(voc), "--model", "fcn", "--size", "32"])
+    args = train.make_parser().parse_args(["--data", str(voc), "--model", "small", "--size", "32"])
     run = train.set_up(args, None, torch.device("cpu"), rank=1)
     first = torch.rand(3)
-    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    quick_train("--model", "small", "--data", voc, epochs=1)
     train.restore(run, state_of("run/last.pt"))
     assert not torch.equal(torch.rand(3), first)
 
 
 def test_processes_share_the_loss_of_an_epoch_that_was_stopped(voc):
-    args = train.make_parser().parse_args(["--data", str(voc), "--model", "fcn", "--size", "32"])
+    args = train.make_parser().parse_args(["--data", str(voc), "--model", "small", "--size", "32"])
     one = train.set_up(args, None, torch.device("cpu"))
-    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    quick_train("--model", "small", "--data", voc, epochs=1)
     last = state_of("run/last.pt") | {"unfinished_epoch": {"step": 1, "loss": 2.5}}
     for rank, processes, expected in ((0, 1, 2.5), (0, 2, 1.25), (1, 2, 1.25)):
         one.rank, one.processes = rank, processes
@@ -763,7 +766,7 @@ def test_a_start_that_failed_leaves_nothing(voc, monkeypatch):
     monkeypatch.setattr(train, "train_one_epoch", full)
     for flags in ((), ("--out", "named")):
         with pytest.raises(torch.OutOfMemoryError):
-            call(train, "--model", "fcn", "--data", voc, "--size", 32, *flags)
+            call(train, "--model", "small", "--data", voc, "--size", 32, *flags)
     assert not Path("named").exists() and not list(Path("runs").iterdir())
 
 
@@ -780,12 +783,12 @@ def test_a_folder_with_another_runs_files_is_left_as_it_is(voc, name, remedy):
     Path("taken", name).write_text("another's")
     said = f"taken/{name}: is of another run; choose another --out, or {remedy}"
     with pytest.raises(utils.UserError, match=said):
-        quick_train("--model", "fcn", "--data", voc, name="taken")
+        quick_train("--model", "small", "--data", voc, name="taken")
     assert Path("taken", name).read_text() == "another's"
 
 
 def test_a_run_that_patience_ended_is_not_gone_on_with(voc, capsys):
-    quick_train("--model", "fcn", "--data", voc, "--lr", 0, "--patience", 1, epochs=9)
+    quick_train("--model", "small", "--data", voc, "--lr", 0, "--patience", 1, epochs=9)
     before = len(state_of("run/last.pt")["history"])
     assert "had come to its end" not in capsys.readouterr().out
     call(train, "--resume", "run")
@@ -799,7 +802,7 @@ def test_another_optimizers_run_is_restored_and_all_its_groups_get_the_rate(voc,
         return torch.optim.SGD([{"params": [first]}, {"params": rest}], lr, momentum=0.9)
 
     monkeypatch.setattr(torch.optim, "AdamW", two_groups)
-    quick_train("--model", "fcn", "--data", voc, "--cosine", epochs=1)
+    quick_train("--model", "small", "--data", voc, "--cosine", epochs=1)
     call(train, "--resume", "run", "--epochs", 2)
     rates = [group["lr"] for group in state_of("run/last.pt")["optimizer"]["param_groups"]]
     assert rates[0] == rates[1] < 1e-3
@@ -876,7 +879,7 @@ def test_a_network_that_makes_something_else_is_refused_in_one_line(voc, monkeyp
 
 
 def test_images_in_both_splits_are_said(voc, capsys):
-    quick_train("--model", "fcn", "--data", voc, "--val-split", "train", epochs=1)
+    quick_train("--model", "small", "--data", voc, "--val-split", "train", epochs=1)
     assert "5 images are in both splits, so validation flatters: train_0" in capsys.readouterr().out
 
 
@@ -884,5 +887,5 @@ def test_a_clock_that_stands_still_divides_nothing_by_zero(voc, monkeypatch):
     """Windows' clock may show the same time before and after an epoch."""
     for name in ("monotonic", "perf_counter"):
         monkeypatch.setattr(f"time.{name}", lambda: 5.0)
-    quick_train("--model", "fcn", "--data", voc, epochs=1)
+    quick_train("--model", "small", "--data", voc, epochs=1)
     call(evaluate, "run")

@@ -477,7 +477,8 @@ def test_a_narrow_figure_has_its_whole_legend_and_names_as_they_are(tmp_path, mo
 
 
 def test_a_reader_that_has_seen_enough_gets_no_message(tmp_path):
-    code = "import utils\nutils.cli(lambda: [print(n) for n in range(9999)])"
+    # More than a pipe holds, so that the writer meets its closed end.
+    code = 'import utils\nutils.cli(lambda: print(*range(99999), sep="\\n"))'
     shell = f"{sys.executable} -c '{code}' | head -n 2"
     command = ["sh", "-c", shell]
     buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
