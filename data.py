@@ -118,10 +118,7 @@ def load_image(path):
         image, mode = ImageOps.exif_transpose(file), file.mode
         if mode == "I" and file.format == "PNG":
             mode = "I;16"  # which versions of Pillow before 11 call I
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        elif mode[0] in "IF":
+        if mode[0] in "IF":
             values = np.asarray(image) / (65535 if mode.startswith("I;16") else 1)
             low, high = values.min(), values.max()
             if mode == "I" or not (low >= 0 and high <= 1):  # nan is refused too
@@ -130,6 +127,9 @@ def load_image(path):
                     "save it with 8 bits, or as floats from 0 to 1"
                 )
             image = Image.fromarray((255 * values).round().astype(np.uint8))
+        elif image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
 
 
@@ -154,31 +154,25 @@ def load_mask(path, num_classes, colors=None):
     if mask:
         return mask
     if is_rgb and (labels[..., :3] == labels[..., :1]).all() and (labels[..., 3:] == 255).all():
-        labels, kind = labels[..., 0], "L PNG"  # grey three times over, as OpenCV writes it
-    if kind == "1 PNG" and not colors:
-        labels, kind = labels.astype(np.uint8), "L PNG"
-    if kind not in ("P PNG", "L PNG"):
+        labels = labels[..., 0]  # grey three times over, as OpenCV writes it
+    elif kind == "1 PNG" and not colors:
+        labels = labels.astype(np.uint8)
+    elif kind not in ("P PNG", "L PNG"):
         raise DataError(
             f"{path}: is a mask of kind {kind}; save masks as palette or 8-bit grayscale PNG "
             "whose values are class indices, or name the colours of RGB masks in labelmap.txt"
         )
-    _check_labels(path, labels, num_classes)
-    if colors:
-        labels = np.append(list(colors.values()), [VOID] * 256).astype(np.uint8)[labels]
-    return Image.fromarray(labels)
-
-
-def _check_labels(path, labels, num_classes):
-    """Raise DataError where a mask, uint8 (H, W), has a value that is neither a class nor void."""
-    found = np.bincount(labels.ravel(), minlength=256)
-    wrong = [int(value) for value in np.flatnonzero(found) if num_classes <= value != VOID]
-    if wrong:
+    wrong = np.unique(labels[(labels >= num_classes) & (labels != VOID)])
+    if len(wrong):
         y, x = np.argwhere(labels == wrong[0])[0]
         raise DataError(
             f"{path}: has the values {', '.join(map(str, wrong[:5]))} (the first at column {x}, row "
             f"{y}), but the {num_classes} classes are 0 to {num_classes - 1} and void is {VOID}; "
             "mend the mask, or list all classes in classes.txt, background first"
         )
+    if colors:
+        labels = np.append(list(colors.values()), [VOID] * 256).astype(np.uint8)[labels]
+    return Image.fromarray(labels)
 
 
 def _classes_of_colors(path, image, colors, is_palette):
@@ -233,36 +227,36 @@ def read_classes(root):
     `__ignore__` is void), else Roboflow's `_classes.csv`; a folder in VOC's layout without any has
     VOC's 21. palette: a list of [red, green, blue]; colors: what `load_mask` takes, or None.
     """
-    files = [root / name for name in ("classes.txt", "class_names.txt", ROBOFLOW)]
-    if (root / "labelmap.txt").exists():
-        if files[0].exists():
-            _say(f"{root}: the classes are those of labelmap.txt; classes.txt is not read")
-        return _read_labelmap(root / "labelmap.txt")
-    path = next((path for path in files if path.exists()), None)
+    files = [root / name for name in ("labelmap.txt", "classes.txt", "class_names.txt", ROBOFLOW)]
+    path = next((file for file in files if file.exists()), None)
     if path is None:
         if not (root / "JPEGImages").is_dir():
             raise DataError(f"{root}: has no classes.txt; list the classes, background first")
         if not root.name.lower().startswith("voc"):
             _say(f"{root}: has no classes.txt, so its classes are VOC's 21")
         return list(VOC_CLASSES), color_map(len(VOC_CLASSES)), None
-    classes = [line for line in _read_lines(path) if line != "__ignore__"]
-    if path.name == ROBOFLOW:  # value, name
-        rows = dict(re.findall(r"^(\d+)\s*,\s*(.+)$", "\n".join(classes), re.MULTILINE))
-        classes = [rows.get(str(value), "") for value in range(len(rows))]
-    _check_classes(path, classes)
-    return classes, color_map(len(classes)), None
-
-
-def _check_classes(path, classes):
-    """Raise DataError unless a file's list of class names can be told apart by a mask's values."""
+    if path.name == "labelmap.txt":
+        if files[1].exists():
+            _say(f"{root}: the classes are those of labelmap.txt; classes.txt is not read")
+        names = _read_labelmap(path)
+        order = sorted(names, key=lambda rgb: names[rgb].lower() != "background")  # it comes first
+        classes, palette = [names[rgb] for rgb in order], [list(rgb) for rgb in order]
+        colors = {rgb: order.index(rgb) for rgb in names}
+    else:
+        classes = [line for line in _read_lines(path) if line != "__ignore__"]
+        if path.name == ROBOFLOW:  # value, name
+            rows = dict(re.findall(r"^(\d+)\s*,\s*(.+)$", "\n".join(classes), re.MULTILINE))
+            classes = [rows.get(str(value), "") for value in range(len(rows))]
+        palette, colors = color_map(len(classes)), None
     if not 2 <= len(set(classes)) == len(classes) <= VOID or "" in classes:
         said = f"{path}: has {len(classes)} lines; it should list 2 to {VOID} different classes"
         raise DataError(f"{said}, one a line")
+    return classes, palette, colors
 
 
 def _read_labelmap(path):
-    """Return what `read_classes` returns, from CVAT's labelmap.txt."""
-    names = {}  # {(red, green, blue): name}
+    """Return {(red, green, blue): name} of the classes in CVAT's labelmap.txt, in its order."""
+    names = {}
     for line in _read_lines(path):
         if line.startswith("#"):
             continue
@@ -273,12 +267,9 @@ def _read_labelmap(path):
             said = f"'{line}' is not name:red,green,blue of 0 to 255, or its colour is taken"
             raise DataError(f"{path}: {said}")
         names[rgb] = match[1]
-    order = sorted(names, key=lambda rgb: names[rgb].lower() != "background")  # it comes first
-    if not order or names[order[0]].lower() != "background":
+    if "background" not in map(str.lower, names.values()):
         raise DataError(f"{path}: names no class 'background'; add background:0,0,0::")
-    _check_classes(path, list(names.values()))
-    palette, colors = [list(rgb) for rgb in order], {rgb: order.index(rgb) for rgb in names}
-    return [names[rgb] for rgb in order], palette, colors
+    return names
 
 
 def is_background(name):
@@ -382,19 +373,18 @@ def _folder_split(name):
 
 def _share_out(root, split, names):
     """Return a fifth of the names for `val`, the others for `train`: by a hash of each name alone."""
-    hashes = {hashlib.sha256(os.fsencode(name)).hexdigest(): name for name in names}
-    order = sorted(hashes)
+    order = sorted((hashlib.sha256(os.fsencode(name)).hexdigest(), name) for name in names)
     if len(order) < 2:
         raise DataError(f"{root}: has {len(order)} labelled images; training needs 2 at least")
-    few = sum(digest < "33" for digest in order)  # a fifth of ff; neither side is left empty
+    few = sum(digest < "33" for digest, _ in order)  # a fifth of ff; neither side is left empty
     few = min(max(few, 1), len(order) - 1)
-    chosen = sorted(hashes[digest] for digest in (order[:few] if split == "val" else order[few:]))
+    chosen = sorted(name for _, name in (order[:few] if split == "val" else order[few:]))
     some = f"{len(chosen)} of {len(order)} images, by their names, the same every time"
     _say(f"{root} has no list of its splits: {split} is {some}")
     return chosen
 
 
-def split_names(root, split, image_folder, pairs):
+def split_names(root, split, image_folder, pairs, roboflow):
     """Return the names of the images in a split: those that ImageSets/Segmentation/SPLIT.txt lists.
 
     A train.txt and val.txt may lie in `root` too, or images in folders train/, val/ and test/. Where
@@ -402,8 +392,9 @@ def split_names(root, split, image_folder, pairs):
     those in default.txt, or else of all that have a mask. Which split an image is in depends on its
     own name alone, so it stays there when others are added, save where a split would be empty.
     """
-    roboflow = (image_folder / ROBOFLOW).exists()
     if roboflow and image_folder != root:  # the split has a folder of its own
+        if not pairs:
+            raise DataError(f"{image_folder}: has no images; export the data set again")
         return list(pairs)
     folder = root / "ImageSets" / "Segmentation"
     beside = [root / f"{name}.txt" for name in ("train", "val", "test")]
@@ -417,9 +408,9 @@ def split_names(root, split, image_folder, pairs):
     folders = set(parts.values())
     if wanted in folders and (wanted in ("val", "test") or {"train", "val"} <= folders):
         return [name for name in pairs if parts[name] == wanted]
-    pairs = {name: files for name, files in pairs.items() if parts[name] not in ("val", "test")}
+    apart = {name for name in pairs if parts[name] in ("val", "test")}
     if split == "train" and "val" in folders:
-        return list(pairs)
+        return [name for name in pairs if name not in apart]
     if split not in ("train", "val") or "train" in lists or "val" in lists:
         found = f"; beside it lie {', '.join(lists)}" if lists else ""
         if root.name in ("VOC2007", "VOC2012"):
@@ -428,15 +419,14 @@ def split_names(root, split, image_folder, pairs):
         path = beside.parent / f"{split}.txt"
         raise DataError(f"{path}: does not exist; it should list the split's images{found}")
     if "default" in lists:
-        names = _read_names(lists["default"], image_folder, parts)
-        names = [name for name in names if name in pairs or name not in parts]
+        names = set(_read_names(lists["default"], image_folder, pairs))
     else:
-        names = [name for name in pairs if pairs[name][1] or roboflow]
-        bare = [name for name in pairs if not (pairs[name][1] or roboflow)]
+        bare = [name for name in pairs if not (pairs[name][1] or roboflow or name in apart)]
+        names = pairs.keys() - bare
         if bare:
             some = f"{len(bare)} images, such as {bare[0]}"
             _say(f"{root}: {some}, have no mask of that name, a PNG, and are left out")
-    return _share_out(root, split, names)
+    return _share_out(root, split, names - apart)
 
 
 class VOC(Dataset):
@@ -464,7 +454,7 @@ class VOC(Dataset):
                 )
         self.pairs, rest = find_pairs(self.image_folder, mask_folder)
         if names is None:
-            names = split_names(self.root, split, self.image_folder, self.pairs)
+            names = split_names(self.root, split, self.image_folder, self.pairs, roboflow)
         self.names = list(names)
         known = [self.pairs.get(name, ([], [])) for name in self.names]
         if rest and all(images for images, _ in known):  # else a missing image is an error
@@ -472,11 +462,11 @@ class VOC(Dataset):
         blank = {name for name, (images, masks) in zip(self.names, known) if images and not masks}
         # CVAT and Roboflow write no mask for an image that shows nothing but background.
         writes_none = (roboflow or self.colors) and is_background(self.classes[0])
-        if not writes_none or len(blank) == len(self):
-            blank = set()  # these masks are missing: `read` will say so
-        if blank:
+        if writes_none and 0 < len(blank) < len(self):
             some = f"{len(blank)} of {len(self)} images, such as {min(blank)},"
             _say(f"{self.root}: split {split}: {some} have no mask: they are all background")
+        else:
+            blank = set()  # where any mask is missing, `read` will say so
         self.image_paths, self.mask_paths = [], []  # which need not exist; None for a blank mask
         for name, (images, masks) in zip(self.names, known):
             self.image_paths += images[:1] or [self.image_folder / f"{name}.jpg"]
@@ -564,8 +554,7 @@ class Shapes(Dataset):
         self.names = [f"{split}_{i}" for i in range(count)]
         self.classes = ["background", "circle", "square", "triangle", "star"]
         self.palette = color_map(len(self.classes))
-        seeds = [[seed, stream, index] for index in range(count)]
-        pairs = [draw_shapes(np.random.default_rng(each), size) for each in seeds]
+        pairs = [draw_shapes(np.random.default_rng([seed, stream, i]), size) for i in range(count)]
         self.images = torch.stack([to_tensor(image, size) for image, _ in pairs])
         self.masks = torch.stack([to_tensor(mask, size) for _, mask in pairs])
 
@@ -698,10 +687,7 @@ def fetch(dataset, indices, device):
 
 
 def _channels(values, device):
-    """Return three numbers as a float32 tensor (3, 1, 1).
-
-    They are filled in on the device: a copy from the host would make it wait at every step.
-    """
+    """Return numbers as a float32 tensor (3, 1, 1), filled in there: a copy makes the host wait."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
@@ -908,8 +894,7 @@ def look_over(dataset, shades):
     print(f"void: {(dataset.masks == VOID).float().mean():.1%} of all pixels")
     if not is_background(classes[0]):
         print(f"class 0 is {classes[0]}; if 0 is background, list it as the first class")
-    bare = (full[:, VOID] > 0) & (full[:, 1:VOID].sum(1) == 0)
-    bare = [dataset.names[index] for index in bare.nonzero()]
+    bare = [name for name, row in zip(dataset.names, full) if row[VOID] and not row[1:VOID].any()]
     if bare:
         several = f"{len(bare)} masks, such as that of {bare[0]}, have"
         print(f"{several} 0 and {VOID} alone: void, or an object that should be 1?")
@@ -929,8 +914,7 @@ def main(argv=None):
     parser = utils.make_parser(__doc__)
     add, size = parser.add_argument, utils.number(int, 32, 4096)
     add("--data", default="voc2007", help="a folder, voc2007 or voc2012; default: voc2007")
-    how = "default: train and val"
-    add("--splits", nargs="+", default=["train", "val"], metavar="NAME", help=how)
+    add("--splits", nargs="+", default=["train", "val"], metavar="NAME", help="default: train val")
     add("--size", type=size, default=224, help="pixels are counted at this size; default: 224")
     args = parser.parse_args(argv)
     sets, errors, shades = [], [], collections.defaultdict(set)

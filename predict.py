@@ -11,7 +11,6 @@ by the same prediction: of the same image, by the same network, with the same fl
 where some of several images cannot be read, 2 where none can.
 """
 
-import math
 import sys
 from pathlib import Path, PureWindowsPath
 
@@ -55,8 +54,12 @@ def find_images(paths):
 def images_in(folder):
     """Return a folder's images, and print what else is in it, but for hidden files."""
     files = data.image_files(folder)
-    stems = {file.stem for file in files}
-    images = [file for file in files if not is_result(file, stems)]
+    stems, images = {file.stem for file in files}, []
+    for file in files:
+        stem, _, kind = file.stem.rpartition("_")
+        # Masks and overlays are no images: those named after another file, or written here.
+        if kind not in KINDS or (stem not in stems and read_mark(file) is None):
+            images.append(file)
     rest = sorted(set(folder.iterdir()) - set(images))
     names = [path.name for path in rest if not path.name.startswith(".")]
     kinds = ", ".join(sorted(data.IMAGE_SUFFIXES))
@@ -67,12 +70,6 @@ def images_in(folder):
     if not images:
         raise utils.UserError(f"{folder}: has no images ({kinds}) to segment")
     return images
-
-
-def is_result(path, stems):
-    """Return whether a file is a mask or an overlay: named after one of `stems`, or written here."""
-    stem, _, kind = path.stem.rpartition("_")
-    return kind in KINDS and (stem in stems or read_mark(path) is not None)
 
 
 def output_names(paths):
@@ -172,7 +169,7 @@ def main(argv=None):
             black += 1
             print(f"  nothing but {classes[0]}, with a probability from {least:.2f} up")
     if black:
-        score = checkpoint["metrics"].get("val_mean_iou", math.nan)
+        score = checkpoint["metrics"].get("val_mean_iou", float("nan"))
         print(
             f"{black} of {len(paths)} masks are nothing but {classes[0]}: right where no class is to be "
             f"seen; in validation it scored {score:.3f} mIoU, after {checkpoint['epoch']} epochs"

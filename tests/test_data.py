@@ -152,6 +152,9 @@ def test_numbers_of_more_than_8_bits_are_scaled_by_their_range_or_refused(tmp_pa
         Image.fromarray(np.array([[0, 257, 4095, 65535]], np.uint16)).save(tmp_path / name)
         expected = [[v] * 3 for v in (0, 1, 16, 255)]  # 4095 / 65535 * 255 = 15.93
         assert load_one_row(tmp_path / name) == expected
+    Image.open(tmp_path / "deep.png").save(tmp_path / "keyed.png", transparency=7)
+    assert Image.open(tmp_path / "keyed.png").has_transparency_data
+    assert load_one_row(tmp_path / "keyed.png") == expected
     Image.fromarray(np.array([[0, 0.5, 1]], np.float32)).save(tmp_path / "float.tif")
     assert load_one_row(tmp_path / "float.tif") == [[0] * 3, [128] * 3, [255] * 3]
     for wrong in ([0, 1.5], [-0.1, 1], [0, np.nan]):
@@ -722,6 +725,18 @@ def test_roboflows_exports(tmp_path, capsys):
     (tmp_path / "train" / "_classes.csv").write_text("Pixel Value, Class\n0, background\n1, dog\n")
     with pytest.raises(data.DataError, match="has other classes than .*export the splits together"):
         data.VOC(tmp_path, "train", 32)
+    for path in (tmp_path / "valid").glob("*.*g"):
+        path.unlink()
+    (tmp_path / "train" / "_classes.csv").write_text(lines)
+    with pytest.raises(data.DataError, match="valid: has no images; export the data set again"):
+        data.VOC(tmp_path, "val", 32)
+
+
+def test_a_roboflow_list_among_the_images_changes_no_split(tmp_path):
+    bare_folder(tmp_path, [f"{name}.jpg" for name in "abcdef"])
+    before = names_by_split(tmp_path)
+    (tmp_path / "images" / "_classes.csv").write_text("Pixel Value, Class\n0, a\n1, b\n")
+    assert names_by_split(tmp_path) == before
 
 
 def test_cvat_writes_no_mask_for_an_image_that_shows_nothing(tmp_path, capsys):
