@@ -223,15 +223,6 @@ def draw_class_iou(path, values, title):
         axes.set(xlim=(0, 1), xlabel="IoU")
 
 
-def format_scores(metrics):
-    """Return the scores as lines of text, a class a line."""
-    values = {name: math.nan if iou is None else iou for name, iou in metrics["iou"].items()}
-    lines = [f"{name:<16}{value:8.4f}" for name, value in values.items()]
-    for key in ("mean_iou", "pixel_accuracy", "frequency_weighted_iou"):
-        lines.append(f"{key.replace('_', ' '):<24}{metrics[key]:.6f}")
-    return "\n".join(lines)
-
-
 def format_comparison(results):
     """Return a Markdown table with a row for each entry of {name: metrics}.
 
@@ -260,11 +251,14 @@ def format_comparison(results):
 
 def compare(paths, checkpoints, evaluations, out, args, device):
     """Score several checkpoints; print their table, write metrics.json and the figures."""
-    results, rows, histories = {}, {}, {}
+    results, rows = {}, {}
     full = [path.resolve() for path in paths]
     names = [f"{path.parent.name}/{path.stem}".removesuffix("/best") for path in full]
     if len(set(names)) < len(set(full)):
         names = list(map(str, paths))
+    runs = {name: path.parent for name, path in zip(names, paths)}
+    runs = {name: run for name, run in runs.items() if (run / "log.csv").exists()}
+    histories = {name: utils.read_log(run) for name, run in runs.items()}
     for name, path, *loaded in zip(names, paths, checkpoints, evaluations):
         print(f"{path} ...", flush=True)
         results[name], _, model, dataset = score_checkpoint(path, *loaded, out, args, device)
@@ -272,14 +266,11 @@ def compare(paths, checkpoints, evaluations, out, args, device):
             first, spread = dataset, torch.linspace(0, len(dataset) - 1, min(6, len(dataset)))
             shown = [first.names.index(n) for n in args.images or ()] or spread.int().tolist()
             images, rows["truth"] = first[shown]
-        parts = ("classes", "names", "root")
-        if any(getattr(dataset, part) != getattr(first, part) for part in parts):
+        if (dataset.names, dataset.root) != (first.names, first.root):
             said = f"{path}: has other images or masks than {paths[0]}"
             raise utils.UserError(f"{said}; say --data or --split")
         title = f"{name}\nmIoU {results[name]['mean_iou']:.4f}"
         rows[title] = label(model, dataset[shown][0], device, images.shape[-2:], args.tta)
-        if (path.parent / "log.csv").exists():
-            histories[name] = utils.read_log(path.parent)
     print("\n" + format_comparison(results))
     (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     protocols = {metrics["protocol"] for metrics in results.values()}  # differ where sizes do
@@ -316,7 +307,10 @@ def main(argv=None):
     print(f"{path}: {metrics['model']}, epoch {metrics['epoch']}")
     print(f"{len(dataset)} images of split {metrics['split']} of {metrics['data']}")
     print(f"{metrics['protocol']}\n")
-    print(format_scores(metrics))
+    for name, value in metrics["iou"].items():
+        print(f"{name:<16}{math.nan if value is None else value:8.4f}")
+    for key in ("mean_iou", "pixel_accuracy", "frequency_weighted_iou"):
+        print(f"{key.replace('_', ' '):<24}{metrics[key]:.6f}")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     draw(out, metrics, matrices, model, dataset, args, device)
     print(f"\nwritten to {out}: metrics.json, confusion_matrix.png, class_iou.png, examples.png")

@@ -43,17 +43,6 @@ def up(n_in, n_out):
     return nn.Sequential(conv, nn.ReLU(inplace=True), nn.BatchNorm2d(n_out))
 
 
-def fcn_encoder():
-    """The baseline's five layers down: the image's 3 channels become 512 at 1/32 of its size."""
-    return nn.Sequential(
-        down(3, 32),
-        down(32, 64),
-        down(64, 128),
-        down(128, 256),
-        down(256, 512),
-    )
-
-
 def fcn_decoder(num_classes):
     """The baseline's five layers up, back to the image's size, and its 1x1 classifier; also Table 5."""
     return nn.Sequential(
@@ -86,10 +75,17 @@ class EncoderDecoder(nn.Module):
 
 
 class FCN(EncoderDecoder):
-    """The paper's baseline: five strided convolutions down, five transposed convolutions up."""
+    """The paper's baseline: five strided convolutions to 1/32 of the size, five transposed ones back."""
 
     def __init__(self, num_classes=21):
-        super().__init__(fcn_encoder(), fcn_decoder(num_classes))
+        encoder = nn.Sequential(
+            down(3, 32),
+            down(32, 64),
+            down(64, 128),
+            down(128, 256),
+            down(256, 512),
+        )
+        super().__init__(encoder, fcn_decoder(num_classes))
 
 
 class Downsampler(nn.Module):
@@ -374,7 +370,7 @@ def check_output(model, num_classes, size):
 
 def takes_pretrained(name):
     """Return whether a network can start from trained weights that its class knows where to get."""
-    return "pretrained" in inspect.signature(MODELS[name]).parameters
+    return name in MODELS and "pretrained" in inspect.signature(MODELS[name]).parameters
 
 
 def from_checkpoint(checkpoint):
@@ -403,16 +399,12 @@ def load_encoder(model, file):
     stored = file.get("state_dict", file)
     if "model" not in file:
         stored = {re.sub(r"^.*?(?=encoder\.)", "", name): stored[name] for name in stored}
-    own = model.state_dict()
-    fitting = {
-        name: tensor
-        for name, tensor in stored.items()
-        if name in own and own[name].shape == tensor.shape
-    }
-    if not fitting:
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    fits = [name for name in stored if name in shapes and stored[name].shape == shapes[name]]
+    if not fits:
         raise ModelError("none of its tensors fits the model")
-    model.load_state_dict(fitting, strict=False)
-    return list(fitting), [name for name in stored if name not in fitting]
+    model.load_state_dict({name: stored[name] for name in fits}, strict=False)
+    return fits, [name for name in stored if name not in fits]
 
 
 def layer_table(model, size=224):

@@ -298,10 +298,7 @@ def finish(run):
 
 
 def load_sets(args, device, size, names=None):
-    """Return (training set, validation set, the classes' weights in the loss, float32 (C,)).
-
-    `names`: those of the images, as a checkpoint keeps them.
-    """
+    """Return (training set, validation set, class weights, float32 (C,)); names: as in Run.names."""
     # Affine augmentation zooms in, so it is given images of twice the size.
     side = size * (2 if args.augment == "affine" else 1)
     names = names or {"train": None, "val": None}
@@ -310,7 +307,7 @@ def load_sets(args, device, size, names=None):
     data.remark_on_void(train_set, data.require_labels(train_set))
     data.require_labels(val_set, learns=False)
     both = set(train_set.names) & set(val_set.names)
-    if both:
+    if both and not names["train"]:  # once, not again where images grow
         print(f"{len(both)} images are in both splits, so validation flatters: {min(both)}, ...")
     weights = torch.ones(len(train_set.classes), device=device)
     if args.class_weights:
@@ -332,7 +329,7 @@ def make_model(args, num_classes):
     if args.encoder_weights:
         try:
             loaded, left = models.load_encoder(model, utils.read_tensors(args.encoder_weights))
-        except (models.ModelError, AttributeError) as error:
+        except (models.ModelError, AttributeError, TypeError) as error:
             raise utils.UserError(f"{args.encoder_weights}: {error}; it is not for {args.model}")
         left = ", ".join(left) or "nothing"
         print(f"{args.encoder_weights}: {len(loaded)} tensors loaded; left out: {left}")

@@ -383,15 +383,13 @@ def confusion_matrix(pred, mask, num_classes):
     device = pred.device
     if device.type == "mps":  # where bincount is slow, and fails in some versions of PyTorch
         pred, mask = pred.cpu(), mask.cpu()
-    outside = ValueError(f"a label is outside the {num_classes} classes")
-    if pred.min() < 0 or pred.max() >= num_classes or mask.min() < 0 or mask.max() > 255:
-        raise outside
+    known = (mask < num_classes) | (mask == 255)
+    if pred.min() < 0 or pred.max() >= num_classes or mask.min() < 0 or not known.all():
+        raise ValueError(f"a label is outside the {num_classes} classes")
     # Void has a row of its own, cut off at the end: picking out the other pixels first takes
     # twenty times as long. int32, since bincount's time is mostly that of reading its input.
     pairs = mask.int() * num_classes + pred.int()
     counts = torch.bincount(pairs.flatten(), minlength=256 * num_classes).view(256, -1)
-    if counts[num_classes:255].any():
-        raise outside
     return counts[:num_classes].to(device)
 
 
@@ -455,8 +453,7 @@ def segment(model, images, size, tta=False):
     # one for each class, 2 GB for VOC's.
     best = probabilities.new_full((len(images), *size), -1)
     labels = torch.zeros_like(best, dtype=torch.uint8)
-    for c in range(probabilities.shape[1]):
-        one = probabilities[:, c : c + 1]
+    for c, one in enumerate(probabilities.split(1, dim=1)):
         one = F.interpolate(one, size, mode="bilinear", align_corners=False)[:, 0]
         labels.masked_fill_(one > best, c)
         torch.maximum(best, one, out=best)
@@ -558,13 +555,10 @@ def expand(paths):
     """
     found = []
     for path in paths:
-        if path.exists() or not set("*?[") & set(str(path)):
-            found.append(path)
-            continue
-        matches = sorted(glob.glob(str(path), recursive=True))
-        if not matches:
+        matches = [path] if path.exists() else sorted(glob.glob(str(path), recursive=True))
+        if not matches and set("*?[") & set(str(path)):
             raise UserError(f"{path}: nothing matches this pattern")
-        found += map(Path, matches)
+        found += map(Path, matches or [path])
     return found
 
 
@@ -700,10 +694,7 @@ def colorize(mask, palette):
 
 
 def save_mask(path, mask, palette, **options):
-    """Write a class mask, uint8 (H, W), as a palette PNG whose pixel values are the classes.
-
-    options: what Pillow's Image.save takes besides.
-    """
+    """Write a class mask, uint8 (H, W), as a palette PNG of its values; options go to Image.save."""
     image = Image.fromarray(np.asarray(mask))
     image.putpalette(colorize(np.arange(256), palette).tobytes())  # makes it mode P
     image.save(path, **options)

@@ -386,6 +386,16 @@ def test_a_comparison_of_other_runs_gets_a_folder_of_its_own(colors):
     assert not Path("comparison-3").exists()  # the very same may be done again
 
 
+def test_a_log_that_was_cut_off_is_found_before_the_scoring(colors):
+    root = write_data(Path("own"), train=TRAIN, val=VAL)
+    for name in ("one", "two"):
+        write_run(Path(f"{name}/best.pt"), root)
+    Path("two/log.csv").write_text(LOG[: len(LOG) - 5])
+    with pytest.raises(utils.UserError, match="two/log.csv: is not a log"):
+        call(evaluate, "one", "two")
+    assert not Path("comparison").exists()
+
+
 def test_runs_on_other_data_of_the_same_names_are_not_compared(colors):
     for name in ("one", "two"):
         write_run(Path(f"{name}/best.pt"), write_data(Path(f"own-{name}"), train=TRAIN, val=VAL))

@@ -297,6 +297,16 @@ def test_encoder_weights_of_another_network_are_refused(tmp_path, voc):
     result = run_script("train.py", *flags, "--out", "other", cwd=tmp_path)
     assert result.returncode == 2 and not Path("other").exists()
     assert "run/best.pt: none of its tensors fits the model" in result.stderr
+    torch.save({1: torch.zeros(2)}, "numbers.pt")
+    with pytest.raises(utils.UserError, match="numbers.pt: .*; it is not for small"):
+        quick_train("--model", "small", "--data", voc, "--encoder-weights", "numbers.pt")
+
+
+def test_a_run_of_a_network_that_is_gone_says_so(voc, monkeypatch):
+    quick_train("--model", "small", "--data", voc, epochs=1)
+    monkeypatch.delitem(models.MODELS, "small")
+    with pytest.raises(models.ModelError, match="no model is called 'small'; choose from fcn"):
+        call(train, "--resume", "run", "--epochs", 2)
 
 
 # ------------------------------------------------------------------------- the arithmetic
@@ -878,9 +888,11 @@ def test_a_network_that_makes_something_else_is_refused_in_one_line(voc, monkeyp
     assert not Path("run").exists()
 
 
-def test_images_in_both_splits_are_said(voc, capsys):
-    quick_train("--model", "small", "--data", voc, "--val-split", "train", epochs=1)
-    assert "5 images are in both splits, so validation flatters: train_0" in capsys.readouterr().out
+def test_images_in_both_splits_are_said_once(voc, capsys):
+    flags = ("--progressive", "--size", 96, "--val-split", "train")
+    quick_train("--model", "small", "--data", voc, *flags)
+    said = "5 images are in both splits, so validation flatters: train_0"
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_a_clock_that_stands_still_divides_nothing_by_zero(voc, monkeypatch):
