@@ -202,15 +202,8 @@ class UNetEncoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.convs = nn.ModuleList(
-            [
-                double_conv(3, 64),
-                double_conv(64, 128),
-                double_conv(128, 256),
-                double_conv(256, 512),
-                double_conv(512, 1024),
-            ]
-        )
+        channels = ((3, 64), (64, 128), (128, 256), (256, 512), (512, 1024))
+        self.convs = nn.ModuleList(double_conv(n_in, n_out) for n_in, n_out in channels)
         self.pool = nn.MaxPool2d(2, ceil_mode=True)
 
     def forward(self, images):
@@ -230,23 +223,12 @@ class UNetDecoder(nn.Module):
     def __init__(self, widths, num_classes):
         super().__init__()
         w1, w2, w3, w4, w5 = widths
+        channels = ((w5, w4), (w4, w3), (w3, w2), (w2, w1))
         self.deconvs = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(w5, w4, 2, stride=2),
-                nn.ConvTranspose2d(w4, w3, 2, stride=2),
-                nn.ConvTranspose2d(w3, w2, 2, stride=2),
-                nn.ConvTranspose2d(w2, w1, 2, stride=2),
-            ]
+            nn.ConvTranspose2d(n_in, n_out, 2, stride=2) for n_in, n_out in channels
         )
         # The table gives conv17 64 channels in; with the skip, as in conv11 to conv15, it is 128.
-        self.convs = nn.ModuleList(
-            [
-                double_conv(2 * w4, w4),
-                double_conv(2 * w3, w3),
-                double_conv(2 * w2, w2),
-                double_conv(2 * w1, w1),
-            ]
-        )
+        self.convs = nn.ModuleList(double_conv(2 * width, width) for width in (w4, w3, w2, w1))
         self.output = nn.Conv2d(w1, num_classes, 1)
 
     def forward(self, maps):
@@ -315,11 +297,7 @@ class ResNet34FCN(EncoderDecoder):
 
 
 class ResNet34DarrenNet(EncoderDecoder):
-    """DarrenNet's decoder behind ResNet34.
-
-    Two more of the decoder's upsamplers bring ResNet34's 512 channels at 1/32 of the image to the
-    128 at 1/8 that DarrenNet's decoder starts from.
-    """
+    """DarrenNet's decoder behind ResNet34: two more upsamplers lead from its 512 channels to 128."""
 
     def __init__(self, num_classes=21, pretrained=False):
         decoder = (Upsampler(512, 256), Upsampler(256, 128), DarrenNetDecoder(num_classes))
