@@ -1,12 +1,12 @@
 """VOC-layout folders, a drawn data set, and what is done to a batch on its way to the network.
 
     python data.py --data DIR                    look a folder over before hours are spent on it
-    python data.py --splits train val test       PASCAL VOC 2007 in data/
+    python data.py --splits train val test       PASCAL VOC 2007, downloaded to data/
 
-    train = VOC("data", "train", size=224)       # decoded and resized once, kept as uint8
+    train = VOC("voc2007", "train", size=224)    # decoded and resized once, kept as uint8
     image, mask = train[0]                       # uint8 (3, 224, 224) and (224, 224)
     images, masks = train[[0, 5, 7]]             # a list of indices gives a whole batch
-    images, masks = augment(images, masks)       # another random transform for each sample
+    images, masks = augment(images, masks)       # a new random transform for each sample
     logits = model(normalize(images))
 
 As a script it prints how many images and pixels each class has, what is worth knowing and what is
@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-# Phones take as many pixels as Pillow warns of; twice as many it refuses, and so does `_open`.
+# Pillow warns of images as large as phones take; twice that size it refuses, as does `_open`.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 TIMEOUT = 30  # seconds for which a download waits for a silent host
 NAMES = ("shapes", "voc2007", "voc2012")  # data that is drawn, or downloaded
@@ -138,9 +138,9 @@ def load_mask(path, num_classes, colors=None):
 
     A palette PNG gives the indices that are stored in it (its colours are only for looking at), a
     grayscale PNG its grey values, and so does an RGB PNG that is all grey. With `colors`,
-    {(red, green, blue): class}, an RGB PNG gives the classes of its colours, and so does a palette
-    PNG, unless `colors` has none that it uses but background's: then its index i means the i-th
-    colour there. Raises DataError for all else, for colours that `colors` lacks, and for what is
+    {(red, green, blue): class}, an RGB or palette PNG gives the classes of its colours; but where
+    a palette has none of `colors` except background's, its index i means the i-th of `colors`.
+    Raises DataError for all else, for colours that `colors` lacks, and for what is
     neither a class (below num_classes) nor void.
     """
     with _open(path, "image of labels") as file:
@@ -376,7 +376,7 @@ def _share_out(root, split, names):
     order = sorted((hashlib.sha256(os.fsencode(name)).hexdigest(), name) for name in names)
     if len(order) < 2:
         raise DataError(f"{root}: has {len(order)} labelled images; training needs 2 at least")
-    few = sum(digest < "33" for digest, _ in order)  # a fifth of ff; neither side is left empty
+    few = sum(digest < "33" for digest, _ in order)  # 0x33 / 0xff is a fifth; none is left empty
     few = min(max(few, 1), len(order) - 1)
     chosen = sorted(name for _, name in (order[:few] if split == "val" else order[few:]))
     some = f"{len(chosen)} of {len(order)} images, by their names, the same every time"
@@ -480,7 +480,7 @@ class VOC(Dataset):
         """Decode the whole split into `images` and `masks`, with as many threads as cores.
 
         Where this takes more than a quarter of the memory, they lie in a temporary file, which has
-        no name and is gone with the tensors. torchrun's processes share memory and cores.
+        no name and is gone with the tensors. Each of torchrun's processes gets a part of both.
         """
         n, size, processes = len(self), self.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         needed, folder = n * 4 * size**2, tempfile.gettempdir()
@@ -664,9 +664,9 @@ def download_voc(root, year, split):
 def epoch_order(dataset, batch_size, seed, epoch):
     """Return the indices of an epoch's batches, int64 (batches, batch_size), in random order.
 
-    The n-th permutation of a seeded generator: alike in all processes, and with no state to keep.
-    Whole batches alone, since batch norm learns nothing from a single left-over image; the order
-    differs from epoch to epoch, so no image is left out for good. epoch: from 1.
+    Epoch n, from 1, has a seeded generator's n-th permutation: alike in all processes, and no state
+    to keep. Whole batches only, since batch norm learns badly from a few images that are left over;
+    the order differs from epoch to epoch, so no image is left out for good.
     """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epoch):
@@ -687,7 +687,7 @@ def fetch(dataset, indices, device):
 
 
 def _channels(values, device):
-    """Return numbers as a float32 tensor (3, 1, 1), filled in there: a copy makes the host wait."""
+    """Return numbers as float32 (3, 1, 1), made on the device: a copy to it makes the CPU wait."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
@@ -702,16 +702,16 @@ def normalize(images):
     _check_bytes(images)
     mean, std = _channels(MEAN, images.device), _channels(STD, images.device)
     normalized = (images / 255 - mean) / std
-    # In the layout of the weights (utils.to_device), which else part of the network would not have.
+    # The layout of the weights (utils.to_device); else some layers would run in another.
     apple = images.device.type == "mps"
     layout = torch.contiguous_format if apple else torch.channels_last
     return normalized.contiguous(memory_format=layout)
 
 
 def augment(images, masks, mode="affine", size=None):
-    """Give each sample of a batch another random transform, the same one to its image and mask.
+    """Give each sample of a batch its own random transform, the same to its image and mask.
 
-    images: uint8 (N, 3, H, W); masks: uint8 (N, H, W); returns the like, of size x size pixels.
+    images: uint8 (N, 3, H, W); masks: uint8 (N, H, W); returns the same, size x size pixels.
     Mode `flip` mirrors left-right and top-bottom, each for half of the samples (the paper's).
     Mode `affine` mirrors left-right alone, since photographs have an up, rotates by up to 15
     degrees, shears by up to 0.1, stretches by up to 1.2, and zooms by 0.8 to 2.6 to any place in
@@ -738,8 +738,8 @@ def augment(images, masks, mode="affine", size=None):
 def random_matrices(n, mode, aspect, device):
     """Return n random transforms of `augment`'s mode, float32 (n, 2, 3).
 
-    Each takes a point of the output to the input point that it shows: mirror and stretch, then
-    shear, rotate, zoom and shift, in coordinates from -1 to 1 across a picture whose width is
+    Each maps an output point to the input point whose colour it takes: mirror and stretch, then
+    shear, rotate, zoom and shift. Coordinates go from -1 to 1 across the picture, whose width is
     `aspect` times its height. Raises ValueError for an unknown mode.
     """
 
@@ -758,7 +758,7 @@ def random_matrices(n, mode, aspect, device):
         zoom = torch.exp2(uniform(math.log2(0.8), math.log2(2.6)))
         stretch = torch.exp2(uniform(-math.log2(1.2), math.log2(1.2)))
         shear = uniform(-0.1, 0.1)
-        reach = (1 - 1 / zoom).abs() + 0.25  # an image is 2 wide here: an eighth over the edge
+        reach = (1 - 1 / zoom).abs() + 0.25  # of a width of 2: up to 1/8 past the edge
         shift_x, shift_y = uniform(-1, 1) * reach, uniform(-1, 1) * reach
     elif mode != "flip":
         raise ValueError(f"no augmentation is called '{mode}'; choose from {', '.join(MODES)}")
@@ -811,7 +811,7 @@ def require_labels(dataset, learns=True):
 
 
 def remark_on_void(dataset, counts):
-    """Say which masks, by their class counts, are background and void, perhaps an object, alone."""
+    """Say which masks have only background and void, which may be an object marked 255."""
     size = dataset.size
     bare = (counts[:, 1:].sum(1) == 0) & (counts[:, 0] < size**2)
     if bare.any():
@@ -893,7 +893,7 @@ def look_over(dataset, shades):
         print(f"{name:<16}{shown:>8}{share:>10.3f}{remark if lost else ''}")
     print(f"void: {(dataset.masks == VOID).float().mean():.1%} of all pixels")
     if not is_background(classes[0]):
-        print(f"class 0 is {classes[0]}; if 0 is background, list it as the first class")
+        print(f"class 0 is {classes[0]}; if 0 means background, list background first")
     bare = [name for name, row in zip(dataset.names, full) if row[VOID] and not row[1:VOID].any()]
     if bare:
         several = f"{len(bare)} masks, such as that of {bare[0]}, have"

@@ -34,15 +34,15 @@ def parse_args(argv=None):
     """Return the settings."""
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
-    how = "or a run's folder; several are compared; default: best.pt of the newest run in runs/"
+    how = "file or run's folder; several are compared; default: best.pt of the newest in runs/"
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help=how)
     add("--data", help="as for train.py; default: what it was trained on")
-    add("--split", help="default: the one that the run was validated on, and the same images")
-    add("--size", type=utils.number(int, 32, 4096), help="of its input; default: the checkpoint's")
+    add("--split", help="default: the run's validation split, with the same images as then")
+    add("--size", type=utils.number(int, 32, 4096), help="side of its input; default: as trained")
     add("--tta", action="store_true", help="average with the mirrored image's prediction")
     how = "the paper's protocol: at the size of the input, void counted as class 0"
     add("--void-as-background", action="store_true", help=how)
-    how = "images of the split to draw; default: the best, median and worst, or six to compare by"
+    how = "images to draw; default: best, middle and worst by score; for a comparison six"
     add("--images", nargs="+", metavar="NAME", help=how)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: %(default)s")
     add("--out", type=Path, metavar="DIR", help="for metrics.json and figures; default: see above")
@@ -80,7 +80,7 @@ def folder_name(about, args):
 
 
 def other_scores(folder, evaluations):
-    """Return words on a metrics.json in a folder, unless there is none but of these evaluations."""
+    """Return a remark if a folder's metrics.json is of other evaluations than these, else None."""
     path = folder / "metrics.json"
     if not path.exists():
         return None
@@ -152,7 +152,7 @@ def score_checkpoint(path, checkpoint, about, out, args, device):
     trained_on = set(checkpoint.get("images", {}).get("train", ())) & set(dataset.names)
     if trained_on:
         some = f"{len(trained_on)} of these {len(dataset)} images"
-        print(f"{path}: was trained on {some}, by their names: it knows them, and others less well")
+        print(f"{path}: was trained on {some}, by their names: on others it is less good")
     metrics = {
         "mean_iou": utils.mean_iou(cm),
         "pixel_accuracy": utils.pixel_accuracy(cm),

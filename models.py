@@ -7,8 +7,8 @@
     python models.py darrennet      # one network, layer by layer
 
 Every network halves the image a few times and doubles it as often. Where a side is odd, halving
-rounds up, so that doubling gives at least the input's size back; what is over is cut off at the
-right and at the bottom, which keeps each output pixel above its input pixel.
+rounds up, so that doubling gives at least the input's size back; the rest is cut off at the
+right and at the bottom, so each output pixel stays on its input pixel.
 """
 
 import argparse
@@ -89,7 +89,7 @@ class FCN(EncoderDecoder):
 
 
 class Downsampler(nn.Module):
-    """Table 3: a strided convolution beside a max pooling, side by side in the channels."""
+    """Table 3: a strided convolution and a max pooling, joined in the channels."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -241,7 +241,7 @@ class UNetDecoder(nn.Module):
 
     @staticmethod
     def join(skip, x):
-        """Join a map of the encoder and a doubled one, cut to its size, in the channels."""
+        """Join an encoder's map and the ReLU of x, cut to its size, in the channels."""
         height, width = skip.shape[-2:]
         return torch.cat([skip, F.relu(x)[..., :height, :width]], dim=1)
 
@@ -305,7 +305,7 @@ class ResNet34DarrenNet(EncoderDecoder):
 
 
 class ResNet34UNet(EncoderDecoder):
-    """UNet's decoder with ResNet34's five maps; the largest is half the image, so logits double."""
+    """UNet's decoder on ResNet34's five maps; the largest is half the image: logits are doubled."""
 
     def __init__(self, num_classes=21, pretrained=False):
         decoder = UNetDecoder((64, 64, 128, 256, 512), num_classes)
@@ -347,7 +347,7 @@ def check_output(model, num_classes, size):
 
 
 def takes_pretrained(name):
-    """Return whether a network can start from trained weights that its class knows where to get."""
+    """Return whether a network's class takes `pretrained`, which has it start from trained weights."""
     return name in MODELS and "pretrained" in inspect.signature(MODELS[name]).parameters
 
 
@@ -367,12 +367,12 @@ def from_checkpoint(checkpoint):
 
 
 def load_encoder(model, file):
-    """Copy a trained encoder's weights into `model`; return (loaded, left out), lists of names.
+    """Copy the trained weights that fit into `model`; return (loaded, left out), lists of names.
 
-    `file` is what torch.load gave: a checkpoint of this project, of which every tensor that fits
-    is taken, or one of the files that ERFNet's authors published, of which the encoder is. Their
-    names lead up to `encoder.` with `module.` or `module.features.`. Raises ModelError where
-    nothing fits.
+    `file` is what torch.load gave: a checkpoint of this project (all that fits is taken, the
+    decoder too) or a file of ERFNet's authors (the encoder is; the `module.` or
+    `module.features.` before `encoder.` in its names is cut off). Raises ModelError where nothing
+    fits.
     """
     stored = file.get("state_dict", file)
     if "model" not in file:

@@ -31,11 +31,11 @@ def parse_args(argv=None):
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    how = "or a run's folder; default: best.pt of the newest run in runs/, or else one in weights/"
+    how = "file or run's folder; default: best.pt of the newest in runs/, or else one in weights/"
     add("--checkpoint", type=Path, metavar="FILE", help=how)
     how = "default: predictions, or predictions-2 and so on where that holds other predictions"
     add("--out", type=Path, metavar="DIR", help=how)
-    add("--size", type=utils.number(int, 32, 4096), help="of its input; default: the checkpoint's")
+    add("--size", type=utils.number(int, 32, 4096), help="side of its input; default: as trained")
     add("--tta", action="store_true", help="average with the mirrored image's prediction")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: %(default)s")
     return parser.parse_args(argv)
@@ -74,7 +74,7 @@ def images_in(folder):
 
 def output_names(paths):
     """Return a name for each image's outputs: its stem, numbered where another had it before."""
-    names = {}  # from lower case, since some file systems take a for A
+    names = {}  # {lower case: name}, since to some file systems a and A are the same
     for path in paths:
         candidates = (candidate.name for candidate in utils.numbered(Path(path.stem)))
         name = next(name for name in candidates if name.lower() not in names)

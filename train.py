@@ -4,7 +4,7 @@
     python train.py --data shapes --model fcn --size 64      drawn shapes, no download
     python train.py --data DIR --class-weights               a folder of your own
     python train.py --resume                                 go on with the newest run
-    torchrun --nproc_per_node=8 train.py                     the same on eight GPUs
+    torchrun --nproc_per_node=8 train.py                     train on eight GPUs
 
 A run fills a folder, runs/NAME/: best.pt (the epoch with the best validation mIoU), last.pt (all that
 resuming needs), log.csv, settings.json, curves.png and samples.png.
@@ -37,8 +37,8 @@ class Run:
     device: torch.device
     rank: int  # the number of this process among those of torchrun
     processes: int
-    batch_size: int  # of a step, over all processes; the whole set where it is smaller
-    train_set: torch.utils.data.Dataset  # the sets and the weights are fetched anew at each size
+    batch_size: int  # of a step, over all processes; at most the whole training set
+    train_set: torch.utils.data.Dataset  # both sets and the class weights: anew at each size
     val_set: torch.utils.data.Dataset
     weights: torch.Tensor  # of the classes, in the loss
     model: nn.Module
@@ -47,7 +47,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     history: list  # a row of log.csv for each epoch that is done
     step: int = 0  # steps done of the epoch under way
-    loss: float = 0.0  # the sum of those steps' losses; during an epoch, this process's part of it
+    loss: float = 0.0  # the sum of their losses; in train_one_epoch, this process's part alone
     caught: dict = field(default_factory=dict)  # signals that ask the run to stop
 
     @property
@@ -79,12 +79,12 @@ def criterion(logits, masks, weights):
 
 def pixel_weight(masks, weights):
     """Return the sum of the weights of a batch's labelled pixels, by which its loss is a mean."""
-    by_label = F.pad(weights, (0, 256 - len(weights)))  # void has the weight 0
+    by_label = F.pad(weights, (0, 256 - len(weights)))  # void, 255, weighs 0
     return by_label[masks.long()].sum()
 
 
 def train_one_epoch(run, epoch):
-    """Take the steps of an epoch that are left. Nothing in a step waits for the GPU."""
+    """Take the steps of an epoch that are left. No step waits for the GPU."""
     args, steps = run.args, len(run.train_set) // run.batch_size
     rates = utils.learning_rates(args, epoch, steps, run.size)
     order = data.epoch_order(run.train_set, run.batch_size, args.seed, epoch)
@@ -101,7 +101,7 @@ def train_one_epoch(run, epoch):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
             logits = run.parallel(data.normalize(images))
         loss = criterion(logits, masks, run.weights)
-        if run.processes > 1:  # so that they learn together what one would
+        if run.processes > 1:  # so that N processes learn what one would
             loss = loss * utils.share_of_batch(pixel_weight(masks, run.weights))
         run.optimizer.zero_grad()
         loss.backward()
@@ -118,21 +118,21 @@ def train_one_epoch(run, epoch):
 
 @torch.inference_mode()
 def validate(run):
-    """Score the average on the validation set, void left out; return (loss, confusion matrix).
+    """Score `run.average` on the validation set, void left out; return (loss, confusion matrix).
 
-    The loss is the mean over all pixels of the split, so it does not depend on the batch size.
+    The loss is the weighted mean over the split's labelled pixels, whatever the batch size.
     Ends early where the run is to stop.
     """
     model, num_classes = run.average.eval(), len(run.val_set.classes)
-    if run.processes > 1:  # on the CPU each has its own batch norm statistics: score what is kept
+    if run.processes > 1:  # score the first one's batch norm statistics, which best.pt keeps
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
     sums = torch.zeros(2, device=run.device)
     order = torch.arange(len(run.val_set), device=run.val_set.images.device)
-    # There is room, where no gradients are kept and no graph keeps its memory.
+    # Without gradients two batches fit a GPU, unless a CUDA graph keeps its memory.
     more = 2 if run.device.type == "cuda" and not run.args.compile else 1
-    batch_size = max(more * run.batch_size, run.processes)
+    batch_size = more * run.batch_size
     for indices in utils.progress(order.split(batch_size), "validation", batch_size):
         if run.stop_signal():
             break
@@ -141,7 +141,8 @@ def validate(run):
         if len(images):  # the last batch may have fewer images than there are processes
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.amp):
                 logits = model(data.normalize(images)).float()
-            cm += utils.confusion_matrix(logits.max(1).indices, masks, num_classes)
+            labels = logits.max(1).indices  # argmax, several times faster on CPUs
+            cm += utils.confusion_matrix(labels, masks, num_classes)
             weight = pixel_weight(masks, run.weights)
             sums += torch.stack([criterion(logits, masks, run.weights) * weight, weight])
     if run.processes > 1:
@@ -154,7 +155,7 @@ def fit(run):
     """Train epoch by epoch from where the run is; return the exit status, 0 or 128 + a signal."""
     args, saved = run.args, -math.inf
     if utils.ended(run.history, args.epochs, args.patience):
-        print("this run had come to its end; for a longer one, raise --epochs or --patience")
+        print("this run is finished; to go on with it, raise --epochs or --patience")
     while not utils.ended(run.history, args.epochs, args.patience):
         epoch, taken = len(run.history) + 1, run.step
         size = max(run.size, utils.image_size(args, epoch))
@@ -190,7 +191,7 @@ def fit(run):
             "size": size,
         }
         run.history, run.step, run.loss = [*run.history, row], 0, 0.0
-        save_best(run)  # first: after a crash between the two, a CPU comes to the same once more
+        save_best(run)  # before last.pt: after a crash in between, --resume repeats the epoch
         last = utils.ended(run.history, args.epochs, args.patience)
         if last or time.monotonic() - saved > SAVE_EVERY:
             save_last(run)
@@ -218,7 +219,7 @@ def report(run, cm):
         flush=True,
     )
     if len(predicted) == 1:
-        print(f"  so far every pixel is labelled {run.val_set.classes[predicted[0]]}: train on")
+        print(f"  so far every pixel is labelled {run.val_set.classes[predicted[0]]}: go on")
 
 
 def checkpoint_of(run):
@@ -258,13 +259,13 @@ def save_last(run):
 
 
 def restore(run, checkpoint):
-    """Put what a last.pt keeps, besides the average, into a run that was set up like that one."""
+    """Put all that a last.pt keeps but the average into a run that was set up like that one."""
     run.model.load_state_dict(checkpoint["trained"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     utils.match_layouts(run.optimizer)
     run.history = checkpoint["history"]
     run.step = checkpoint["unfinished_epoch"]["step"]
-    run.loss = checkpoint["unfinished_epoch"]["loss"] / run.processes  # all processes' is kept
+    run.loss = checkpoint["unfinished_epoch"]["loss"] / run.processes  # the file has the sum
     if run.rank == 0:
         utils.set_random_state(checkpoint["random_state"], run.device)
     else:  # another process's state is not kept; new numbers, so that no transforms are repeated
@@ -319,7 +320,7 @@ def make_model(args, num_classes):
     """Return a new network. What did not come pretrained is initialised by --init, and said so."""
     options = {"pretrained": args.pretrained} if models.takes_pretrained(args.model) else {}
     model = models.build_model(args.model, num_classes, **options)
-    models.check_output(model, num_classes, 64 + args.size % 32)
+    models.check_output(model, num_classes, 64 + args.size % 32)  # small, yet as odd as --size
     pretrained = getattr(model, "pretrained_parts", ())
     parts = [name for name, _ in model.named_children() if name not in pretrained]
     for name in parts:
@@ -381,13 +382,13 @@ def set_up(args, resumed, device, rank=0, processes=1):
     if batch_size < processes:
         raise utils.UserError(f"--batch-size is {batch_size} for {processes} processes")
     if len(train_set) == 1:
-        print("the training set is one image: the network will know that image only")
+        print("the training set is one image: the network will know only that one")
 
     torch.manual_seed(args.seed)
     new = None if resumed else make_model(args, len(train_set.classes))
     model = utils.to_device(new or models.from_checkpoint(resumed), device)
     average = copy.deepcopy(model).requires_grad_(False)
-    options = {"weight_decay": args.weight_decay, "fused": True}  # in 0.26 to 0.40 of a CPU's time
+    options = {"weight_decay": args.weight_decay, "fused": True}  # CPU: 0.26 to 0.40 of the time
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, **options)
     torch.manual_seed(args.seed + rank)  # each process augments its images differently
     run = Run(
@@ -410,7 +411,7 @@ def speed_up(run):
     if not run.args.compile:
         return
     if run.device.type == "cuda" and run.processes == 1:
-        run.parallel = run.model  # not the graph for smaller images
+        run.parallel = run.model  # no more the graph for smaller images
         shape = (run.batch_size, 3, run.size, run.size)
         run.parallel = utils.cuda_graph(run.model, shape, run.args.amp)
     else:
@@ -429,31 +430,32 @@ def make_parser():
     add("--model", choices=models.MODELS, default="darrennet", help="the network" + default)
     how = "voc2007 or voc2012 (downloaded to data/), shapes (drawn) or a folder" + default
     add("--data", default="voc2007", metavar="NAME|DIR", help=how)
-    how = "transform the images at random: flip, or affine (bare); default: no"
+    how = "transform the images at random: flip, or affine (--augment alone); default: no"
     add("--augment", nargs="?", const="affine", choices=data.MODES, help=how)
-    add("--cosine", action="store_true", help="anneal the learning rate to 0; default: constant")
-    how = "weigh rare classes more in the loss (bare: inverse); default: no"
+    add("--cosine", action="store_true", help="lower the learning rate to 0; default: constant")
+    how = "rare classes count more in the loss (alone: inverse); default: no"
     add("--class-weights", nargs="?", const="inverse", choices=data.SCHEMES, help=how)
     add("--size", type=utils.number(int, 32, 4096), default=224, help="the images' side" + default)
     how = "passes over the training images; default: 100, or up to 800 where images grow"
     add("--epochs", type=count, metavar="N", help=how)
     add("--out", type=Path, metavar="DIR", help="the run's folder; default: runs/MODEL, numbered")
-    how = "go on from this last.pt or run's folder (bare: the newest) with its settings"
+    how = "go on with a run, its folder or last.pt (alone: the newest), and its settings"
     add("--resume", nargs="?", const="newest", metavar="RUN", help=how)
 
     add = parser.add_argument_group("training").add_argument
     add("--init", choices=utils.INITIALIZERS, default="kaiming", help="of new weights" + default)
     how = "start a resnet34_ model's encoder from ImageNet; default: yes"
     add("--pretrained", action=yes_or_no, help=how)
-    how = "start from ERFNet's published weights (darrennet) or a checkpoint of this project"
+    how = "start from ERFNet's weights (darrennet) or a checkpoint, its decoder too where it fits"
     add("--encoder-weights", metavar="FILE", help=how)
-    how = "images grow from a quarter of --size; default: with affine over 64, unless pretrained"
+    how = "images grow from --size / 4; default: with affine, --size over 64, not pretrained"
     add("--progressive", action=yes_or_no, help=how)
     add("--batch-size", type=count, default=16, metavar="N", help="images in a step" + default)
-    add("--lr", type=real, metavar="X", help="of AdamW; default: 0.001; 0.002 where images grow")
+    how = "learning rate (AdamW's); default: 0.001, or 0.002 where images grow"
+    add("--lr", type=real, metavar="X", help=how)
     how = "how strongly weights are pulled to 0; default: 0.05, or 0.2 where images grow"
     add("--weight-decay", type=real, metavar="X", help=how)
-    how = "keep the average of the weights of about 1/(1 - X) steps; 0: the last ones" + default
+    how = "keep weights averaged over about 1/(1 - X) steps; 0: the last step's" + default
     add("--ema", type=utils.number(float, 0, 0.9999), default=0.99, metavar="X", help=how)
     how = "stop after N epochs without a better validation mIoU; default: never"
     add("--patience", type=count, metavar="N", help=how)
@@ -465,7 +467,7 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps" + default)
     add("--amp", action=yes_or_no, help="compute in bfloat16; default: where that is fast")
-    how = "faster: the network as a CUDA graph on one GPU, by torch.compile elsewhere"
+    how = "train faster: by a CUDA graph on one GPU, by torch.compile elsewhere"
     add("--compile", action="store_true", help=how)
     return parser
 
@@ -487,7 +489,7 @@ def main(argv=None):
             if rank == 0:
                 utils.write_settings(run.out, argv, args, device)
             status = fit(run)
-            utils.over_processes(0)  # a signal ends none of them before the first has saved
+            utils.over_processes(0)  # waits: no process ends before the first has saved
         if status == 0 and rank == 0:
             finish(run)
     return status

@@ -98,10 +98,10 @@ def make_parser(description):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Give a dictionary to which SIGINT and SIGTERM add themselves instead of ending the process.
+    """Give a dictionary that records SIGINT and SIGTERM, which then do not end the process.
 
-    So that work can end at a good place. A second later another signal ends the process at once;
-    sooner it may be the same one again, which torchrun hands on beside the terminal.
+    So work can end at a good place. After one second, another signal ends the process at once; one
+    that comes sooner is ignored, since torchrun may pass the same one on.
     """
     caught = {}  # {a signal's number: when it first came}
 
@@ -156,7 +156,7 @@ def share_of_batch(weight):
     """Return the factor that makes one process's loss its part of the loss of the whole batch.
 
     weight: the sum of the class weights of this process's pixels, a tensor. The factor is the
-    number of processes, over which gradients are averaged, times its share of that of the batch. So
+    number of processes (gradients are averaged over them) times its share of the batch's sum. So
     N processes learn what one would: exactly, where the loss is a mean over pixels.
     """
     total = weight.clone()
@@ -273,7 +273,7 @@ def has_fast_bfloat16(device):
 def initialize(model, scheme):
     """Set all weights of convolutions and linear layers by PyTorch's initialiser of that name.
 
-    `kaiming`: normal, deviation sqrt(2 / n_in) (He et al. 2015; the paper's eq. 3, put upright).
+    `kaiming`: normal, deviation sqrt(2 / n_in) (He et al. 2015; the paper's eq. 3, corrected).
     `xavier_uniform`: uniform within +- sqrt(6 / (n_in + n_out)) (Glorot and Bengio 2010; eq. 1).
     `xavier_normal`: normal, deviation sqrt(2 / (n_in + n_out)) (eq. 2).
     n_in and n_out are the connections that PyTorch counts (its fan_in and fan_out). Biases become
@@ -304,8 +304,8 @@ def image_size(args, epoch):
 def learning_rates(args, epoch, steps, side=0):
     """Return the learning rate of each of an epoch's steps: --lr, or cosine annealing to 0.
 
-    Where the images grow, annealing starts anew with each size, from a rate that is lower by as
-    much as they are larger. side: theirs now, which is more than planned in a run made longer.
+    Where images grow, annealing starts anew with each size, from --lr times the first side / this
+    one. side: of the images now; a run that was resumed for more epochs had planned a smaller one.
     """
     if not args.cosine:
         return [args.lr] * steps
@@ -320,8 +320,8 @@ def learning_rates(args, epoch, steps, side=0):
 def update_average(average, model, steps, decay):
     """Move the averages of a model's weights, and of its batch norms' statistics, towards the latest.
 
-    An exponential moving average that lasts 1 / (1 - decay) steps, but early on a tenth of the
-    `steps` so far, so that short trainings are not held back.
+    An exponential moving average over about 1 / (1 - decay) steps, but early on over a tenth of
+    the `steps` so far, so that it soon forgets the random start.
     """
     averages, values = (
         [t for t in itertools.chain(m.parameters(), m.buffers()) if t.is_floating_point()]
@@ -439,7 +439,7 @@ def segment(model, images, size, tta=False):
     """Return the class of every pixel for a normalised float batch (N, 3, H, W), and how sure it is.
 
     The probabilities are brought to `size` (height, width) bilinearly before the best class is
-    taken; returns labels, uint8 (N, height, width), and the probability of each, float, alike.
+    taken; returns labels, uint8 (N, height, width), and their probabilities, float, of that shape.
     `tta` averages the probabilities with those of the mirrored image. `model` must be in eval
     mode. evaluate.py and predict.py label pixels with this alone.
     """
@@ -519,9 +519,7 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(f"{path}: is not a checkpoint of this project; give one of train.py's")
     if not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
-        raise UserError(
-            f"{path}: has weights that are no finite numbers: it is damaged; train anew"
-        )
+        raise UserError(f"{path}: has weights that are not finite: it is damaged; train anew")
     return checkpoint
 
 

@@ -917,7 +917,7 @@ def test_the_look_over_names_classes_that_vanish_and_what_class_0_is(tmp_path, c
     assert rows["road"] == ["3", "51.200"] and rows["cat"] == ["3", "48.800"]
     assert rows["car"] == ["0", "0.000"]
     assert "void: 2.3% of all" in printed
-    assert "class 0 is road; if 0 is background, list it as the first class" in printed
+    assert "class 0 is road; if 0 means background, list background first" in printed
 
 
 def test_the_look_over_survives_data_of_which_nothing_can_be_read(tmp_path, capsys):

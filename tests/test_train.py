@@ -800,7 +800,7 @@ def test_a_folder_with_another_runs_files_is_left_as_it_is(voc, name, remedy):
 def test_a_run_that_patience_ended_is_not_gone_on_with(voc, capsys):
     quick_train("--model", "small", "--data", voc, "--lr", 0, "--patience", 1, epochs=9)
     before = len(state_of("run/last.pt")["history"])
-    assert "had come to its end" not in capsys.readouterr().out
+    assert "this run is finished" not in capsys.readouterr().out
     call(train, "--resume", "run")
     assert len(state_of("run/last.pt")["history"]) == before < 9
     assert "for a longer one, raise --epochs or --patience" in capsys.readouterr().out

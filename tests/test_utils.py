@@ -289,7 +289,7 @@ def test_a_log_that_a_spreadsheet_has_open_does_not_end_the_run(tmp_path, monkey
 def test_weights_that_are_no_numbers_are_refused(tmp_path):
     broken = CHECKPOINT | {"state_dict": {"weight": torch.tensor([1.0, math.nan])}}
     utils.save_checkpoint(tmp_path / "a.pt", broken)
-    with pytest.raises(utils.UserError, match="a.pt: has weights that are no finite numbers"):
+    with pytest.raises(utils.UserError, match="a.pt: has weights that are not finite"):
         utils.load_checkpoint(tmp_path / "a.pt")
 
 
