@@ -106,11 +106,11 @@ def train_one_epoch(run, epoch):
         run.optimizer.zero_grad()
         loss.backward()
         for group in run.optimizer.param_groups:
-            group["lr"] = rates[run.step]
+            group["lr"] = rates[run.step]  # by epoch and step alone: no scheduler to resume
         run.optimizer.step()
         utils.update_average(run.average, run.model, (epoch - 1) * steps + run.step, args.ema)
         run.step += 1
-        run.loss += loss.detach() / run.processes
+        run.loss += loss.detach() / run.processes  # no .item(), which would wait for the GPU
         if run.stop_signal():
             break
     run.loss = utils.over_processes(run.loss)

@@ -635,7 +635,7 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:  # also refuses nan
-            raise ValueError
+            raise ValueError  # argparse says "invalid", and __name__
         return value
 
     parse.__name__ = f"{kind.__name__} from {low}" + (f" to {high}" if high < math.inf else " up")
@@ -757,7 +757,7 @@ def load_font(size):
 def near_another(mask, distance):
     """Return where a class mask (H, W) has another class `distance` pixels away, a bool array."""
     near = np.zeros(mask.shape, bool)
-    for here, there in ((near, mask), (near.T, mask.T)):  # up and down, then left and right
+    for here, there in ((near, mask), (near.T, mask.T)):  # up and down; left and right, as a view
         differs = there[distance:] != there[:-distance]
         here[distance:] |= differs
         here[:-distance] |= differs
