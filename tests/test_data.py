@@ -1077,7 +1077,7 @@ def test_hosts_that_are_down_silent_or_lack_the_file_are_one_clear_error(archive
 def test_an_archive_with_paths_outside_the_folder_is_refused(archives, monkeypatch, name, python):
     monkeypatch.chdir(archives)
     if python == "Debian 12's":
-        monkeypatch.delattr(tarfile, "data_filter")
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
     archive = archives / "2007.tar"
     with tarfile.open(archive, "a") as tar:
         tar.addfile(tarfile.TarInfo(name))

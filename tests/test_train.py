@@ -803,7 +803,7 @@ def test_a_run_that_patience_ended_is_not_gone_on_with(voc, capsys):
     assert "this run is finished" not in capsys.readouterr().out
     call(train, "--resume", "run")
     assert len(state_of("run/last.pt")["history"]) == before < 9
-    assert "for a longer one, raise --epochs or --patience" in capsys.readouterr().out
+    assert "this run is finished; to go on with it, raise --epochs or" in capsys.readouterr().out
 
 
 def test_another_optimizers_run_is_restored_and_all_its_groups_get_the_rate(voc, monkeypatch):
