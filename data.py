@@ -480,7 +480,7 @@ class VOC(Dataset):
         """Decode the whole split into `images` and `masks`, with as many threads as cores.
 
         Where this takes more than a quarter of the memory, they lie in a temporary file, which has
-        no name and is gone with the tensors. Each of torchrun's processes gets a part of both.
+        no name and is gone with the tensors. Processes of torchrun divide memory and cores.
         """
         n, size, processes = len(self), self.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         needed, folder = n * 4 * size**2, tempfile.gettempdir()

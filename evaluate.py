@@ -256,9 +256,11 @@ def compare(paths, checkpoints, evaluations, out, args, device):
     names = [f"{path.parent.name}/{path.stem}".removesuffix("/best") for path in full]
     if len(set(names)) < len(set(full)):
         names = list(map(str, paths))
-    runs = {name: path.parent for name, path in zip(names, paths)}
-    runs = {name: run for name, run in runs.items() if (run / "log.csv").exists()}
-    histories = {name: utils.read_log(run) for name, run in runs.items()}
+    histories = {
+        name: utils.read_log(path.parent)
+        for name, path in zip(names, paths)
+        if (path.parent / "log.csv").exists()
+    }
     for name, path, *loaded in zip(names, paths, checkpoints, evaluations):
         print(f"{path} ...", flush=True)
         results[name], _, model, dataset = score_checkpoint(path, *loaded, out, args, device)

@@ -71,9 +71,10 @@ def same_weights(a, b):
 # ------------------------------------------------------------------------------ whole runs
 
 
-def test_a_run_leaves_what_it_should(tmp_path, voc):
+@pytest.mark.parametrize("model", ["fcn", "darrennet"])
+def test_a_run_leaves_what_it_should(tmp_path, voc, model):
     flags = ("--augment", "--cosine", "--class-weights", "--size", 32, "--batch-size", 2)
-    settings = ("--model", "darrennet", "--data", voc, "--epochs", 2, "--out", "run", *flags)
+    settings = ("--model", model, "--data", voc, "--epochs", 2, "--out", "run", *flags)
     printed = check(run_script("train.py", *settings, cwd=tmp_path))
     assert "best: epoch" in printed and "evaluate.py run/best.pt" in printed
     with open("run/log.csv", newline="") as file:
@@ -85,7 +86,7 @@ def test_a_run_leaves_what_it_should(tmp_path, voc):
         pixels = np.array(Image.open(f"run/{picture}").convert("L"))
         assert min(pixels.shape) > 300 and pixels.std() > 10
     best = state_of("run/best.pt")
-    assert best["model"] == "darrennet" and len(best["classes"]) == len(best["palette"]) == 21
+    assert best["model"] == model and len(best["classes"]) == len(best["palette"]) == 21
     assert best["size"] == 32 and "optimizer" not in best
     assert best["metrics"]["val_mean_iou"] == max(float(row["val_mean_iou"]) for row in rows)
 
