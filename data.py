@@ -702,9 +702,10 @@ def normalize(images):
     _check_bytes(images)
     mean, std = _channels(MEAN, images.device), _channels(STD, images.device)
     normalized = (images / 255 - mean) / std
-    # The layout of the weights (utils.to_device); else some layers would run in another.
-    apple = images.device.type == "mps"
-    layout = torch.contiguous_format if apple else torch.channels_last
+    # The layout of the weights (utils.fast_layout); else some layers would run in another.
+    kind = images.device.type
+    older = kind == "cuda" and torch.cuda.get_device_capability(images.device) < (8, 0)
+    layout = torch.contiguous_format if older or kind == "mps" else torch.channels_last
     return normalized.contiguous(memory_format=layout)
 
 

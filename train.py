@@ -131,8 +131,7 @@ def validate(run):
     sums = torch.zeros(2, device=run.device)
     order = torch.arange(len(run.val_set), device=run.val_set.images.device)
     # Without gradients two batches fit a GPU, unless a CUDA graph keeps its memory.
-    more = 2 if run.device.type == "cuda" and not run.args.compile else 1
-    batch_size = more * run.batch_size
+    batch_size = run.batch_size * (2 if run.device.type == "cuda" and not run.args.compile else 1)
     for indices in utils.progress(order.split(batch_size), "validation", batch_size):
         if run.stop_signal():
             break
@@ -176,8 +175,7 @@ def fit(run):
         signal = run.stop_signal()
         if signal:
             save_last(run)
-            command = f"python train.py --resume {utils.quote(run.out / 'last.pt')}"
-            print(f"stopped; go on with  {command}")
+            print("stopped; go on with  python train.py --resume", utils.quote(run.out / "last.pt"))
             return 128 + signal
         row = {
             "epoch": epoch,
@@ -407,13 +405,14 @@ def set_up(args, resumed, device, rank=0, processes=1):
 
 
 def speed_up(run):
-    """Do what --compile asks for: a CUDA graph on one GPU, torch.compile elsewhere."""
+    """Do what --compile asks for: a CUDA graph on one CUDA GPU, torch.compile elsewhere."""
     if not run.args.compile:
         return
     if run.device.type == "cuda" and run.processes == 1:
         run.parallel = run.model  # no more the graph for smaller images
-        shape = (run.batch_size, 3, run.size, run.size)
-        run.parallel = utils.cuda_graph(run.model, shape, run.args.amp)
+        run.parallel = utils.cuda_graph(run.model, run.batch_size, run.size, run.args.amp)
+    elif run.device.type == "mps":  # where torch.compile fails, or is slower: pytorch issue 192551
+        print("--compile: not on Apple's GPUs; the run goes on without it")
     else:
         print("compiling: the first step at each size takes a minute or more", flush=True)
         run.model.compile()
@@ -467,8 +466,8 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps" + default)
     add("--amp", action=yes_or_no, help="compute in bfloat16; default: where that is fast")
-    how = "train faster: by a CUDA graph on one GPU, by torch.compile elsewhere"
-    add("--compile", action="store_true", help=how)
+    how = "train faster: by a CUDA graph on one CUDA GPU, by torch.compile elsewhere"
+    add("--compile", action=yes_or_no, default=False, help=how + default)
     return parser
 
 
@@ -478,10 +477,12 @@ def main(argv=None):
     with utils.process_group(args.device) as (device, rank, processes):
         run = set_up(args, resumed, device, rank, processes)
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
+        slow = args.amp and not utils.has_fast_bfloat16(device)  # asked for, or from another device
         print(
             f"{args.data}: {len(run.train_set)} images to train on, {len(run.val_set)} to validate "
             f"on, {len(run.val_set.classes)} classes\n{args.model}: {parameters:,} parameters on "
             f"{processes} x {device} in {'bfloat16' if args.amp else 'float32'}"
+            f"{', which may be slow here: try --no-amp' if slow else ''}"
         )
         with utils.run_folder(args, resumed, rank) as out, utils.stop_signals() as caught:
             run.out, run.caught = out, caught

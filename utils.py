@@ -54,6 +54,8 @@ def cli(main, *user_errors):
     others are bugs: they keep their traceback. (data.py and models.py have error classes of their
     own, since they can be copied out alone.)
     """
+    if os.name == "nt":
+        os.system("")  # has older consoles of Windows obey "\033[K" instead of showing it
     for stream in (sys.stdout, sys.stderr):  # a file on Windows may know few letters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -69,9 +71,12 @@ def cli(main, *user_errors):
     except (UserError, OSError, *user_errors) as error:
         message = " ".join(str(error).split())
     except (RuntimeError, ValueError) as error:  # PyTorch has no classes of its own for these
-        compiler = "--compile needs a C++ compiler; install one, or go without it"
+        compiler = "--compile needs a C++ compiler; install one, or give --no-compile"
+        memory = "the GPU's memory is full; try a smaller --batch-size or --size"
         remedies = {
-            "out of memory": "the GPU's memory is full; try a smaller --batch-size or --size",
+            "out of memory": memory,
+            "_ALLOC_FAILED": memory,  # by cuBLAS; cuDNN then says "unable to find an engine"
+            "find an engine": f"{memory}; or the GPU is too old for this PyTorch",
             "more than 1 value per channel": "batch norm cannot learn from one value a channel, as "
             "one image gives at this --size; take a larger --batch-size, or --size 64 or more",
             "C++ compiler": compiler,
@@ -145,7 +150,7 @@ def process_group(device_name):
 
 def over_processes(value, operation="SUM"):
     """Return the sum (or MAX) of a number over the processes, a float; all must call this together."""
-    if not distributed.is_initialized():
+    if not distributed.is_available() or not distributed.is_initialized():
         return float(value)
     value = torch.tensor(float(value), dtype=torch.float64)
     distributed.all_reduce(value, getattr(distributed.ReduceOp, operation))
@@ -238,24 +243,29 @@ def select_device(name="auto"):
         if torch.backends.mps.is_available():
             name = "mps"
     try:
-        device = torch.empty(1, device=name).device
+        device = torch.ones(1, device=name).device  # fails without kernels for this GPU
         if device.type == "cuda":
             torch.cuda.set_device(device)  # whose random generator `random_state` is to keep
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:90]
-        raise UserError(f"device '{name}' cannot be used here ({reason}); try --device auto")
+        raise UserError(f"device '{name}' cannot be used here ({reason}); try --device cpu")
+
+
+def fast_layout(device):
+    """Return the memory format in which the device computes convolutions fast.
+
+    Channels last: a forward pass takes 0.5 to 0.8 of the time on an Intel CPU, a training step 0.8
+    to 1.1 (row 2 of tests/benchmark.py), and the tensor cores of GPUs take it. Apple's GPUs and,
+    in float32, those before Ampere are not known to gain from it: they keep PyTorch's default.
+    """
+    older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.contiguous_format if older or device.type == "mps" else torch.channels_last
 
 
 def to_device(model, device):
-    """Move a network to the device, in the layout that makes its convolutions fast; return it.
-
-    Channels last, which its activations then follow: a forward pass takes 0.5 to 0.8 of the time
-    on an Intel CPU, a training step 0.8 to 1.1 (row 2 of tests/benchmark.py), and it is the one
-    that the tensor cores of GPUs take. Not measured on Apple's GPUs, which keep PyTorch's default.
-    """
-    apple = device.type == "mps"
-    return model.to(device, memory_format=torch.preserve_format if apple else torch.channels_last)
+    """Move a network to the device, in its fast layout, which activations then follow; return it."""
+    return model.to(device, memory_format=fast_layout(device))
 
 
 def has_fast_bfloat16(device):
@@ -330,18 +340,20 @@ def update_average(average, model, steps, decay):
     get_ema_multi_avg_fn(min(decay, steps / (steps + 10)))(averages, values, None)
 
 
-def cuda_graph(model, shape, amp):
+def cuda_graph(model, batch_size, size, amp):
     """Return a function that maps images to logits as the model does in training, as a CUDA graph.
 
     A graph starts all kernels of a pass, forward or backward, at once: started one by one, those of
     a small network take longer to start than to compute. What the model does is recorded once, so
-    it must do the same for all images. shape: of the batches, the only one that the function takes.
+    it must do the same for all images, float (batch_size, 3, size, size): it takes no other shape.
     Raises UserError for a model that cannot be recorded.
     """
     # Recording takes place on a stream of its own, of which PyTorch would warn at the first step.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     gc.collect()  # an earlier graph, which refers to itself, keeps its memory until then
-    images = torch.zeros(shape, device="cuda").contiguous(memory_format=torch.channels_last)
+    layout = fast_layout(torch.device("cuda"))
+    shape = (batch_size, 3, size, size)
+    images = torch.zeros(shape, device="cuda").contiguous(memory_format=layout)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.cuda.get_rng_state()
     try:
@@ -355,7 +367,7 @@ def cuda_graph(model, shape, amp):
         raise
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"no CUDA graph of the network can be made ({reason}); leave out --compile")
+        raise UserError(f"no CUDA graph of the network can be made ({reason}); try --no-compile")
     model.load_state_dict(before)  # recording took steps, which batch norm's statistics remember
     torch.cuda.set_rng_state(random)
     return recorded

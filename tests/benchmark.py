@@ -140,8 +140,7 @@ def row_2(root, folder):
             continue
         ours = utils.to_device(models.build_model(name), device)
         if device.type == "cuda":
-            shape = (batch, 3, size, size)
-            ours = utils.cuda_graph(ours, shape, utils.has_fast_bfloat16(device))
+            ours = utils.cuda_graph(ours, batch, size, utils.has_fast_bfloat16(device))
         else:
             ours.compile()
         faster = bare_steps(ours, batch, size, device, steps)

@@ -22,6 +22,7 @@ import utils
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_VOC = os.environ.get("VOC_ROOT")
+torch.backends.mps.is_available = lambda: False  # as in prefork.py
 
 
 def write_voc(root, splits=None, num_classes=21, seed=0):

@@ -12,7 +12,9 @@ import runpy
 import sys
 import traceback
 
-import torch._dynamo  # noqa: F401, what an optimizer would import at its first step
+import torch._dynamo  # what an optimizer would import at its first step
+
+torch.backends.mps.is_available = lambda: False  # Apple's GPU does not survive a fork
 
 
 def run(job):

@@ -199,10 +199,18 @@ def test_a_run_goes_on_with_its_own_settings_alone(voc, tmp_path, monkeypatch):
         call(train, "--resume", "run/last.pt", "--model", "fcn")
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])  # CUDA's, Apple's
-def test_a_full_gpu_names_the_flags_to_try(capsys, kind):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+    ],
+)
+def test_a_full_gpu_names_the_flags_to_try(capsys, error):
     def full():
-        raise kind(f"{kind} out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     with pytest.raises(SystemExit, match="2"):
         utils.cli(full)

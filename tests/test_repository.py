@@ -11,6 +11,7 @@ from conftest import REPOSITORY, write_voc
 
 SCRIPTS = ("train", "evaluate", "predict", "models", "data", "utils")
 PACKAGES = {"torch", "torchvision", "numpy", "PIL", "matplotlib"}
+TEXTS = ["README.md", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md"))]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
@@ -68,9 +69,7 @@ def test_the_readmes_network_is_a_network():
     assert names["MODELS"]["tiny"](5)(torch.zeros(2, 3, 40, 33)).shape == (2, 5, 40, 33)
 
 
-@pytest.mark.parametrize(
-    "text", ["README.md", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md"))]
-)
+@pytest.mark.parametrize("text", TEXTS)
 def test_links_lead_somewhere(text):
     path = REPOSITORY / text
     found = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", path.read_text(encoding="utf-8"))
@@ -84,6 +83,13 @@ def test_links_lead_somewhere(text):
             lines = re.findall(r"^#+ (.*)", prose, re.MULTILINE)
             names = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines]
             assert heading in names, (target, heading)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_commands_have_no_comments(text):  # zsh and cmd.exe take them for arguments
+    source = (REPOSITORY / text).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```", source, re.DOTALL | re.MULTILINE)
+    assert [block for block in blocks if "python " in block and "#" in block] == []
 
 
 def test_an_older_python_is_told_in_one_line(monkeypatch):

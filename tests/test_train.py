@@ -604,6 +604,7 @@ def test_a_step_on_a_gpu_waits_for_no_copy(monkeypatch):
     args = train.make_parser().parse_args(["--augment", "--cosine", "--size", "32"])
     args.epochs, args.lr, args.amp, args.progressive = 1, 1e-3, False, False
     monkeypatch.setattr(utils, "over_processes", lambda value, *operation: 0.0)  # once an epoch
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     counts = []
     for images in (4, 8):
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -642,6 +643,25 @@ def test_a_compiled_run_learns_what_another_learns(voc, monkeypatch):
     quick_train("--data", voc, "--model", "plain", "--augment", "--compile", name="run", epochs=1)
     assert [type(module) for module in compiled] == [Plain, Plain]
     assert same_weights(state_of("run/best.pt"), state_of("plain/best.pt"))
+    call(train, "--resume", "run", "--epochs", 2, "--no-compile")  # on a machine without compiler
+    assert len(compiled) == 2 and state_of("run/last.pt")["args"]["compile"] is False
+
+
+def test_compile_is_left_out_on_an_apple_gpu(capsys):
+    args = train.make_parser().parse_args(["--compile"])
+    run = train.Run(args, None, torch.device("mps"), 0, 1, *9 * [None])  # no module to compile
+    train.speed_up(run)
+    assert "the run goes on without it" in capsys.readouterr().out
+
+
+def test_slow_bfloat16_is_said(voc, monkeypatch, capsys):
+    monkeypatch.setitem(models.MODELS, "plain", Plain)
+    monkeypatch.setattr(utils, "has_fast_bfloat16", lambda device: True)
+    quick_train("--data", voc, "--model", "plain", epochs=1)
+    assert "on 1 x cpu in bfloat16\n" in capsys.readouterr().out
+    monkeypatch.setattr(utils, "has_fast_bfloat16", lambda device: False)  # of another processor
+    call(train, "--resume", "run", "--epochs", 2)
+    assert "in bfloat16, which may be slow here: try --no-amp\n" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------- networks of one's own

@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_VOC, REPOSITORY
+from conftest import REAL_VOC, REPOSITORY, fake_cuda
 from PIL import Image
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import data
 import utils
@@ -27,12 +28,12 @@ def test_a_cuda_graph_learns_what_the_model_itself_learns(amp):
         torch.manual_seed(0)
         layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1)
         model = utils.to_device(nn.Sequential(*layers), torch.device("cuda"))
-        shape = (4, 3, 32, 32)
-        step = utils.cuda_graph(model, shape, amp) if graph else model.train()
+        layout = utils.fast_layout(torch.device("cuda"))
+        step = utils.cuda_graph(model, 4, 32, amp) if graph else model.train()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         torch.manual_seed(1)
         for _ in range(5):
-            images = torch.randn(shape, device="cuda").contiguous(memory_format=torch.channels_last)
+            images = torch.randn(4, 3, 32, 32, device="cuda").contiguous(memory_format=layout)
             optimizer.zero_grad()
             with torch.autocast("cuda", torch.bfloat16, enabled=amp):
                 logits = step(images)
@@ -51,7 +52,7 @@ def test_a_cuda_graph_learns_what_the_model_itself_learns(amp):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 def test_a_cuda_graph_drops_other_channels_at_each_step():
     model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Dropout2d(0.5)).cuda()
-    step = utils.cuda_graph(model, (2, 3, 32, 32), amp=False)
+    step = utils.cuda_graph(model, 2, 32, amp=False)
     images = torch.ones(2, 3, 32, 32, device="cuda")
     first = step(images).clone()
     assert not torch.equal(first, step(images))
@@ -208,6 +209,32 @@ def test_select_device():
     for name in ("cuda:99", "toaster"):
         with pytest.raises(utils.UserError, match=f"device '{name}' cannot be used here"):
             utils.select_device(name)
+
+
+def test_a_gpu_without_kernels_is_refused_by_name(monkeypatch):
+    def ones(*size, device):  # a GPU older than PyTorch's kernels: its memory can be had
+        if device == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: torch.zeros(1))
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(utils.UserError, match="'cuda' .*no kernel image.*; try --device cpu"):
+        utils.select_device("auto")
+
+
+@pytest.mark.skipif(not fake_cuda(), reason="this PyTorch makes no fake CUDA tensors here")
+@pytest.mark.parametrize(("generation", "last"), [((7, 5), False), ((8, 0), True)])
+def test_images_and_weights_have_channels_last_on_gpus_from_ampere_on(
+    monkeypatch, generation, last
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    with FakeTensorMode():
+        images = data.normalize(torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device="cuda"))
+    assert images.is_contiguous(memory_format=torch.channels_last) == last
+    assert images.is_contiguous() != last
+    assert (utils.fast_layout(torch.device("cuda")) is torch.channels_last) == last  # the weights
 
 
 def test_bfloat16_is_taken_where_the_processor_multiplies_it(monkeypatch):
