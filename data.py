@@ -9,8 +9,8 @@
     images, masks = augment(images, masks)       # a new random transform for each sample
     logits = model(normalize(images))
 
-As a script it prints how many images and pixels each class has, what is worth knowing and what is
-wrong; it exits with 1 where training would refuse the folder.
+As a script it prints how many images have each class, its share of the pixels, what is worth
+knowing and what is wrong; it exits with 1 where training would refuse the folder.
 """
 
 import collections
@@ -138,8 +138,8 @@ def load_mask(path, num_classes, colors=None):
 
     A palette PNG gives the indices that are stored in it (its colours are only for looking at), a
     grayscale PNG its grey values, and so does an RGB PNG that is all grey. With `colors`,
-    {(red, green, blue): class}, an RGB or palette PNG gives the classes of its colours; but where
-    a palette has none of `colors` except background's, its index i means the i-th of `colors`.
+    {(red, green, blue): class}, an RGB or palette PNG gives the classes of its colours; a value i of
+    a grayscale PNG, or of a palette that has only background's, means the i-th of `colors`.
     Raises DataError for all else, for colours that `colors` lacks, and for what is
     neither a class (below num_classes) nor void.
     """
@@ -541,7 +541,7 @@ class VOC(Dataset):
 class Shapes(Dataset):
     """Drawn images of circles, squares, triangles and stars: real training with no download.
 
-    Each class leans to a hue of its own, so that a network learns it in a minute. The same `split`,
+    Each class leans to a hue of its own, so that a network learns it in minutes. The same `split`,
     `seed` and index always give the same picture. Gives what `VOC` gives.
     """
 

@@ -1,7 +1,7 @@
 """Score checkpoints on a split of their data set.
 
     python evaluate.py                                    the newest run, on its validation split
-    python evaluate.py runs/darrennet --split test        another run or checkpoint, another split
+    python evaluate.py runs/darrennet --data voc2007 --split test    another run, another split
     python evaluate.py runs/darrennet --void-as-background           as the paper scores
     python evaluate.py runs/* --images 000039 000063                 compare: table, images, curves
 

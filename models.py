@@ -357,11 +357,12 @@ def from_checkpoint(checkpoint):
     `checkpoint` needs the keys `model`, `options`, `classes` and `state_dict`. Raises ModelError
     where they do not belong together.
     """
-    model = build_model(checkpoint["model"], len(checkpoint["classes"]), **checkpoint["options"])
+    name, num_classes = checkpoint["model"], len(checkpoint["classes"])
     try:
+        model = build_model(name, num_classes, **checkpoint["options"])
         model.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError) as error:
-        said = f"the weights do not fit {checkpoint['model']} as models.py has it now; train anew"
+        said = f"the weights do not fit {name} as models.py has it now; train anew"
         raise ModelError(f"{said} ({error})") from error
     return model.eval()
 

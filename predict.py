@@ -7,8 +7,8 @@
 Each image gives NAME_mask.png (a palette PNG of class indices, at the image's own size) and
 NAME_overlay.png (the classes' colours over the image, with a legend). The checkpoint says what
 model it is, its classes and their colours: no other flag is needed. A file is never overwritten but
-by the same prediction: of the same image, by the same network, with the same flags. Exits with 1
-where some of several images cannot be read, 2 where none can.
+by the same prediction: of the same image, by the same file and epoch, with the same flags. Exits
+with 1 where some of several images cannot be read, 2 where none can or a path does not exist.
 """
 
 import sys

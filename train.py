@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=8 train.py                     train on eight GPUs
 
 A run fills a folder, runs/NAME/: best.pt (the epoch with the best validation mIoU), last.pt (all that
-resuming needs), log.csv, settings.json, curves.png and samples.png.
+resuming needs), log.csv, settings.json and, at the end, curves.png and samples.png.
 """
 
 import argparse

@@ -49,9 +49,9 @@ class UserError(ValueError):
 def cli(main, *user_errors):
     """Call a script's `main`; where the user can mend what went wrong, say so in one line.
 
-    UserError, OSError, a full GPU and the further exception classes given end the process with
-    status 2, as argparse's own errors do, Ctrl-C with 130, a closed pipe with 1, without a word. All
-    others are bugs: they keep their traceback. (data.py and models.py have error classes of their
+    UserError, OSError, the further exception classes given and a few known errors of PyTorch end
+    the process with status 2, as argparse's own do, Ctrl-C with 130, a closed pipe with 1, without a
+    word. All others are bugs: they keep their traceback. (data.py and models.py have error classes of their
     own, since they can be copied out alone.)
     """
     if os.name == "nt":
@@ -255,9 +255,9 @@ def select_device(name="auto"):
 def fast_layout(device):
     """Return the memory format in which the device computes convolutions fast.
 
-    Channels last: a forward pass takes 0.5 to 0.8 of the time on an Intel CPU, a training step 0.8
-    to 1.1 (row 2 of tests/benchmark.py), and the tensor cores of GPUs take it. Apple's GPUs and,
-    in float32, those before Ampere are not known to gain from it: they keep PyTorch's default.
+    Channels last: on an Intel CPU a forward pass takes 0.5 to 0.8 of the time, a training step 0.8
+    to 1.1 (at commit 52f3c55), and the tensor cores of GPUs take it. Apple's GPUs and, in float32,
+    those before Ampere are not known to gain from it: they keep PyTorch's default.
     """
     older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     return torch.contiguous_format if older or device.type == "mps" else torch.channels_last
@@ -271,8 +271,8 @@ def to_device(model, device):
 def has_fast_bfloat16(device):
     """Return whether the device multiplies bfloat16 matrices in hardware: GPUs from Ampere on, AMX.
 
-    AMX is part of Intel's server processors since 2023; a DarrenNet trains twice as fast with it
-    (row 2 of tests/benchmark.py). Versions of PyTorch that do not tell count as without.
+    AMX is part of Intel's server processors since 2023; a DarrenNet trains twice as fast with it.
+    Versions of PyTorch that do not tell count as without.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -814,7 +814,7 @@ def write_log(run, rows):
 
 
 def read_log(run):
-    """Return the rows of a run's log.csv, dictionaries of numbers. Raises UserError."""
+    """Return the rows of a run's log.csv, dictionaries of numbers. Raises UserError or OSError."""
     path = Path(run, "log.csv")
     try:
         with open(path, newline="", encoding="utf-8") as file:

@@ -1,7 +1,8 @@
 """Measure what the scripts cost beyond the networks: python tests/benchmark.py --data DIR [ROW ...]
 
-Every row is a ratio of two things timed in turns in this one run: the medians of their times, and
-between brackets the smallest and the largest ratio of any turn. Nothing else should be running.
+Rows 1 to 5 and 8 are ratios of two things timed in turns in this one run: the medians of their
+times, and between brackets the smallest and the largest ratio of any turn. Row 6 is memory, row 7
+images a second. Nothing else should be running.
 DIR is a folder that holds VOCdevkit/VOC2007. It takes about ten minutes on two cores.
 """
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # on tensors as small as these, threads only wait
@@ -22,7 +23,7 @@ import utils
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_VOC = os.environ.get("VOC_ROOT")
-torch.backends.mps.is_available = lambda: False  # as in prefork.py
+torch.backends.mps.is_available = cache(lambda: False)  # as in prefork.py
 
 
 def write_voc(root, splits=None, num_classes=21, seed=0):

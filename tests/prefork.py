@@ -6,6 +6,7 @@ that id again, with whether to wait for the end, which is answered with its exit
 while it runs. Nothing is computed here, so no thread of torch's exists when it forks.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -14,7 +15,8 @@ import traceback
 
 import torch._dynamo  # what an optimizer would import at its first step
 
-torch.backends.mps.is_available = lambda: False  # Apple's GPU does not survive a fork
+# Apple's GPU does not survive a fork. (PyTorch's own function is a cached one, too.)
+torch.backends.mps.is_available = functools.cache(lambda: False)
 
 
 def run(job):

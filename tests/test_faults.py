@@ -380,6 +380,7 @@ OTHER_SCRIPTS = [
     ("code in a checkpoint", "evaluate.py", ("code.pt",), "has code in it, which is refused"),
     ("another program's file", "evaluate.py", ("other.pt",), "other.pt: is not a checkpoint"),
     ("weights of another model", "evaluate.py", ("mixed.pt",), "weights do not fit darrennet"),
+    ("a network with other options", "evaluate.py", ("grown.pt",), "keyword argument 'depth'"),
     ("an unknown split", "evaluate.py", ("good.pt", "--split", "x"), "x.txt: does not exist"),
     ("other classes", "evaluate.py", ("good.pt", "--data", "shapes"), "trained on 21 classes"),
     ("no checkpoint", "evaluate.py", (), "there is no checkpoint"),
@@ -416,6 +417,7 @@ def given(tmp_path_factory):
     torch.save({"state_dict": {}}, folder / "other.pt")
     mixed = torch.load(folder / "good.pt", weights_only=True) | {"model": "darrennet"}
     torch.save(mixed, folder / "mixed.pt")
+    torch.save(mixed | {"options": {"depth": 5}}, folder / "grown.pt")
     shutil.copy(root / "JPEGImages" / "val_0.jpg", folder / "photo.jpg")
     return folder
 
