@@ -698,14 +698,14 @@ def _check_bytes(images):
 
 
 def normalize(images):
-    """Return uint8 images (N, 3, H, W) as float32, less ImageNet's mean, over its deviation."""
+    """Return uint8 images (N, 3, H, W), or one, as float32, less ImageNet's mean, over its deviation."""
     _check_bytes(images)
     mean, std = _channels(MEAN, images.device), _channels(STD, images.device)
     normalized = (images / 255 - mean) / std
     # The layout of the weights (utils.fast_layout); else some layers would run in another.
-    kind = images.device.type
-    older = kind == "cuda" and torch.cuda.get_device_capability(images.device) < (8, 0)
-    layout = torch.contiguous_format if older or kind == "mps" else torch.channels_last
+    older = images.is_cuda and torch.cuda.get_device_capability(images.device) < (8, 0)
+    plain = older or images.is_mps or images.dim() == 3
+    layout = torch.contiguous_format if plain else torch.channels_last
     return normalized.contiguous(memory_format=layout)
 
 

@@ -336,7 +336,7 @@ def build_model(name, num_classes=21, **options):
 
 def check_output(model, num_classes, size):
     """Raise ModelError where a network does not map images of size x size to logits of that size."""
-    with torch.inference_mode():
+    with torch.no_grad():
         logits = model.eval()(torch.zeros(1, 3, size, size))
     found = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
     if found != (1, num_classes, size, size):

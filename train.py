@@ -318,7 +318,7 @@ def make_model(args, num_classes):
     """Return a new network. What did not come pretrained is initialised by --init, and said so."""
     options = {"pretrained": args.pretrained} if models.takes_pretrained(args.model) else {}
     model = models.build_model(args.model, num_classes, **options)
-    models.check_output(model, num_classes, 64 + args.size % 32)  # small, yet as odd as --size
+    models.check_output(model, num_classes, args.size)  # now, not when images have grown to it
     pretrained = getattr(model, "pretrained_parts", ())
     parts = [name for name, _ in model.named_children() if name not in pretrained]
     for name in parts:

@@ -103,10 +103,11 @@ def make_parser(description):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Give a dictionary that records SIGINT and SIGTERM, which then do not end the process.
+    """Give a dictionary that records SIGINT, SIGTERM and SIGHUP, which then do not end the process.
 
     So work can end at a good place. After one second, another signal ends the process at once; one
-    that comes sooner is ignored, since torchrun may pass the same one on.
+    that comes sooner is ignored: torchrun passes the same one on, a notebook's `!` sends two. What
+    the process was started to ignore (nohup, a shell's &) stays so.
     """
     caught = {}  # {a signal's number: when it first came}
 
@@ -116,7 +117,9 @@ def stop_signals():
             signal.signal(number, before[number])
             signal.raise_signal(number)
 
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    kinds = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    heeded = [number for number in kinds if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, catch) for number in heeded}
     try:
         yield caught
     finally:
@@ -193,8 +196,7 @@ def run_folder(args, resumed, rank=0):
         yield out
         return
     files = [out / name for name in ("last.pt", "best.pt", "log.csv", "settings.json")]
-    saved = any(file.exists() for file in files[:2])
-    or_else = f"--resume {out}" if saved else "delete it, if that run is over: it saved no network"
+    or_else = f"--resume {out}" if files[0].exists() else "delete it, if that run is over"
     for file in files:
         if file.exists():
             raise UserError(f"{file}: is of another run; choose another --out, or {or_else}")
@@ -272,11 +274,10 @@ def has_fast_bfloat16(device):
     """Return whether the device multiplies bfloat16 matrices in hardware: GPUs from Ampere on, AMX.
 
     AMX is part of Intel's server processors since 2023; a DarrenNet trains twice as fast with it.
-    Versions of PyTorch that do not tell count as without.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not tell
     return device.type == "cpu" and capabilities.get("amx_bf16", False)
 
 
@@ -351,9 +352,8 @@ def cuda_graph(model, batch_size, size, amp):
     # Recording takes place on a stream of its own, of which PyTorch would warn at the first step.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     gc.collect()  # an earlier graph, which refers to itself, keeps its memory until then
-    layout = fast_layout(torch.device("cuda"))
-    shape = (batch_size, 3, size, size)
-    images = torch.zeros(shape, device="cuda").contiguous(memory_format=layout)
+    images = torch.zeros(batch_size, 3, size, size, device="cuda")
+    images = images.contiguous(memory_format=fast_layout(images.device))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.cuda.get_rng_state()
     try:
@@ -704,8 +704,8 @@ def colorize(mask, palette):
 
 
 def save_mask(path, mask, palette, **options):
-    """Write a class mask, uint8 (H, W), as a palette PNG of its values; options go to Image.save."""
-    image = Image.fromarray(np.asarray(mask))
+    """Write a class mask, 0 to 255, (H, W), as a palette PNG of its values; options: of Image.save."""
+    image = Image.fromarray(np.asarray(mask, np.uint8))
     image.putpalette(colorize(np.arange(256), palette).tobytes())  # makes it mode P
     image.save(path, **options)
 
@@ -728,7 +728,7 @@ def overlay(image, mask, classes, palette):
     font = load_font(size)
     entries = [f"{name} {share:.1%}" for name, share in shares.items()]
     widths = [int(2.5 * size + font.getlength(entry)) for entry in entries]
-    canvas_width = max(image.width, *widths)
+    canvas_width = max([image.width, *widths])
     # Entries go from left to right, and on to a new row where the next would not fit.
     places, x, y = [], 0, 0
     for width in widths:
@@ -777,8 +777,8 @@ def near_another(mask, distance):
 
 
 def class_shares(mask, classes):
-    """Return {class name: share of the pixels} for the classes in a mask, the largest first."""
-    counts = np.bincount(np.asarray(mask).ravel(), minlength=len(classes))
+    """Return {class name: share of the labelled pixels} for a mask's classes, the largest first."""
+    counts = np.bincount(np.asarray(mask).ravel(), minlength=len(classes))[: len(classes)]
     order = sorted(np.flatnonzero(counts), key=lambda c: -counts[c])
     return {classes[c]: counts[c] / counts.sum() for c in order}
 
@@ -787,10 +787,10 @@ def class_shares(mask, classes):
 def drawing(path, width, height, title):
     """Give an empty matplotlib figure, of so many inches, with a title; write it to `path` at the end.
 
-    matplotlib is imported here, since predict.py needs none of it. A notebook's MPLBACKEND, which
-    may name what is not installed, would end that import; a Figure, unlike pyplot, needs no backend.
+    matplotlib is imported here, since predict.py needs none of it. An MPLBACKEND inherited from a
+    notebook may name what is not installed, which would end that import; a Figure needs no backend.
     """
-    if "matplotlib" not in sys.modules:
+    if not {"matplotlib", "ipykernel"} & sys.modules.keys():  # a notebook's own plots need it
         os.environ.pop("MPLBACKEND", None)
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -359,6 +359,7 @@ def test_normalize_is_torchvisions():
     images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
     expected = TF.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert torch.allclose(data.normalize(images), expected, atol=1e-6)
+    assert torch.allclose(data.normalize(images[0]), expected[0], atol=1e-6)
 
 
 class CopiesToTheGpu(TorchDispatchMode):

@@ -112,7 +112,7 @@ def test_killed_at_random_and_resumed_ends_as_if_it_never_was(voc, tmp_path, mon
     assert not list(Path("killed").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_says_how_to_go_on_and_exits(voc, tmp_path, number):
     process = Process("train.py", *settings(voc, "run", 200, "darrennet"), cwd=tmp_path)
     wait_for_epochs(process, tmp_path / "run/log.csv", 0)
@@ -123,6 +123,19 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(voc, tmp_path, number):
     assert result.stdout.splitlines()[-1] == said
     last = utils.load_checkpoint(tmp_path / "run/last.pt")
     assert len(last["history"]) >= 1 and last["unfinished_epoch"]["step"] >= 1
+
+
+def test_what_nohup_has_a_process_ignore_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with utils.stop_signals() as caught:
+            signal.raise_signal(signal.SIGHUP)
+            assert caught == {}
+            signal.raise_signal(signal.SIGTERM)
+            assert list(caught) == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 GROWING = ["--progressive", "--size", "96"]  # 64 in the first of two epochs

@@ -805,7 +805,7 @@ def test_a_start_that_failed_leaves_nothing(voc, monkeypatch):
     ("name", "remedy"),
     [
         ("last.pt", "--resume taken"),
-        ("best.pt", "--resume taken"),
+        ("best.pt", "delete it, if that run is over"),
         ("settings.json", "delete it, if that run is over"),
     ],
 )
@@ -887,15 +887,32 @@ def test_a_network_is_tried_at_the_size_that_it_is_for():
         models.check_output(torch.nn.Sequential(*conv), 5, 75)
 
 
+def test_a_network_for_one_size_alone_that_keeps_tensors_learns(voc, monkeypatch):
+    class Fixed(Plain):
+        def __init__(self, num_classes):
+            super().__init__(num_classes)
+            self.position = torch.nn.Parameter(torch.zeros(1, 3, 96, 96))
+            self.kept = None
+
+        def forward(self, images):
+            if self.kept is None:
+                self.kept = torch.linspace(0, 1, images.shape[-1])
+            return super().forward((images + self.position) * self.kept)
+
+    monkeypatch.setitem(models.MODELS, "fixed", Fixed)
+    quick_train("--data", voc, "--model", "fixed", "--size", 96, epochs=1)
+    assert state_of("run/best.pt")["state_dict"]["position"].any()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (
             lambda logits: logits[..., ::2, ::2],
-            r"\(1, 21, 32, 32\) .* should make logits \(1, 21, 64",
+            r"\(1, 21, 16, 16\) .* should make logits \(1, 21, 32",
         ),
         (lambda logits: {"out": logits}, r"makes dict of an image"),
-        (lambda logits: logits[:, :5], r"makes \(1, 5, 64, 64\)"),
+        (lambda logits: logits[:, :5], r"makes \(1, 5, 32, 32\)"),
     ],
 )
 def test_a_network_that_makes_something_else_is_refused_in_one_line(voc, monkeypatch, change, said):

@@ -413,6 +413,18 @@ def test_pixels_near_another_class():
 def test_class_shares_are_sorted():
     shares = utils.class_shares(np.array([[1, 1, 1, 0]]), ["background", "cat", "dog"])
     assert list(shares.items()) == [("cat", 0.75), ("background", 0.25)]
+    shares = utils.class_shares(np.array([[1, 1, 1, 0, 255]]), ["background", "cat", "dog"])
+    assert list(shares.items()) == [("cat", 0.75), ("background", 0.25)]  # void has no share
+
+
+def test_a_truth_with_void_is_drawn_and_saved_from_any_integers(tmp_path):
+    truth = torch.tensor([[0, 1], [255, 255]]).repeat(20, 20)
+    classes, palette = ["background", "cat"], [[0, 0, 0], [128, 0, 0]]
+    utils.save_mask(tmp_path / "mask.png", truth, palette)
+    assert np.array_equal(np.array(Image.open(tmp_path / "mask.png")), truth.numpy())
+    for mask in (truth.numpy().astype(np.uint8), np.full((40, 40), 255, np.uint8)):
+        picture = utils.overlay(Image.new("RGB", (40, 40)), mask, classes, palette)
+        assert picture.height > 40
 
 
 # ----------------------------------------------------------------------------------------- figures
