@@ -17,6 +17,7 @@ import collections
 import colorsys
 import contextlib
 import functools
+import glob
 import hashlib
 import math
 import os
@@ -147,6 +148,7 @@ def load_mask(path, num_classes, colors=None):
         kind = f"{file.mode} {file.format}"
         if kind == "L PNG" and file.tile[0][3] != "L":
             kind = "2- or 4-bit grayscale PNG"  # Pillow stretches its values to 0 to 255
+        file = ImageOps.exif_transpose(file)
         labels, is_rgb = np.array(file), kind in ("RGB PNG", "RGBA PNG")
         by_color = colors and (is_rgb or kind == "P PNG")
         rgb = file.convert("RGBA").convert("RGB") if by_color else None
@@ -217,7 +219,7 @@ def _read_lines(path):
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from error
-    return [line for line in lines if line]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def read_classes(root):
@@ -258,8 +260,6 @@ def _read_labelmap(path):
     """Return {(red, green, blue): name} of the classes in CVAT's labelmap.txt, in its order."""
     names = {}
     for line in _read_lines(path):
-        if line.startswith("#"):
-            continue
         # name:red,green,blue:parts:actions; the name may have colons of its own.
         match = re.fullmatch(r"(.+):(\d+),(\d+),(\d+)(:[^:]*){0,2}", line)
         rgb = tuple(map(int, match.groups()[1:4])) if match else None
@@ -279,12 +279,9 @@ def is_background(name):
 
 def image_files(folder, suffixes=IMAGE_SUFFIXES, pattern="*"):
     """Return the image files in a folder, sorted; hidden ones are left out, macOS's `._x` too."""
-    return [
-        path
-        for path in sorted(folder.glob(pattern))
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    # glob.glob passes hidden files over, and follows links to folders, unlike Path.glob.
+    found = (folder / name for name in glob.glob(pattern, root_dir=folder, recursive=True))
+    return sorted(path for path in found if path.suffix.lower() in suffixes)
 
 
 def _by_name(folder, suffixes):
@@ -368,19 +365,21 @@ def _read_names(list_path, image_folder, pairs):
 def _folder_split(name):
     """Return which split an image's folder stands for: train/ is train, Validation/ val."""
     folder = name.rpartition("/")[0].split("/")[0].lower()
-    return re.sub(r"^(train|val|test)(ing|id|idation)?$", r"\1", folder)
+    return re.sub(r"^(train|val|test)(ing|id|idate|idation)?([-_ ]?set)?$", r"\1", folder)
 
 
 def _share_out(root, split, names):
     """Return a fifth of the names for `val`, the others for `train`: by a hash of each name alone."""
+    folders = sorted({name.split("/")[0] for name in names if "/" in name})
+    within = f" in {', '.join(folders[:8])}" if folders else ""
     order = sorted((hashlib.sha256(os.fsencode(name)).hexdigest(), name) for name in names)
     if len(order) < 2:
         raise DataError(f"{root}: has {len(order)} labelled images; training needs 2 at least")
     few = sum(digest < "33" for digest, _ in order)  # 0x33 / 0xff is a fifth; none is left empty
     few = min(max(few, 1), len(order) - 1)
     chosen = sorted(name for _, name in (order[:few] if split == "val" else order[few:]))
-    some = f"{len(chosen)} of {len(order)} images, by their names, the same every time"
-    _say(f"{root} has no list of its splits: {split} is {some}")
+    some = f"{len(chosen)} of {len(order)} images{within}, by their names, the same every time"
+    _say(f"{root} has no lists of train and val: {split} is {some}")
     return chosen
 
 
@@ -389,8 +388,9 @@ def split_names(root, split, image_folder, pairs, roboflow):
 
     A train.txt and val.txt may lie in `root` too, or images in folders train/, val/ and test/. Where
     there is none of these, about a fifth of its images is for `val`, the others for `train`: of
-    those in default.txt, or else of all that have a mask. Which split an image is in depends on its
-    own name alone, so it stays there when others are added, save where a split would be empty.
+    those in trainval.txt or default.txt, or else of all that have a mask; never of those in
+    test.txt. Which split an image is in depends on its own name alone, so it stays there when
+    others are added, save where a split would be empty.
     """
     if roboflow and image_folder != root:  # the split has a folder of its own
         if not pairs:
@@ -398,7 +398,9 @@ def split_names(root, split, image_folder, pairs, roboflow):
         return list(pairs)
     folder = root / "ImageSets" / "Segmentation"
     beside = [root / f"{name}.txt" for name in ("train", "val", "test")]
-    lists = {path.stem: path for path in sorted(folder.glob("*.txt")) + beside if path.exists()}
+    found = [path for path in sorted(folder.glob("*.txt")) + beside if path.exists()]
+    lists = {_folder_split(f"{path.stem}/"): path for path in found}  # CVAT has a Validation.txt
+    lists |= {path.stem: path for path in found}
     if split in lists:
         names = _read_names(lists[split], image_folder, pairs)
         if not names:
@@ -418,14 +420,17 @@ def split_names(root, split, image_folder, pairs, roboflow):
         beside = lists.get("train") or lists.get("val") or folder / "train.txt"
         path = beside.parent / f"{split}.txt"
         raise DataError(f"{path}: does not exist; it should list the split's images{found}")
-    if "default" in lists:
-        names = set(_read_names(lists["default"], image_folder, pairs))
+    both = lists.get("trainval") or lists.get("default")
+    if both:
+        names = set(_read_names(both, image_folder, pairs))
     else:
         bare = [name for name in pairs if not (pairs[name][1] or roboflow or name in apart)]
         names = pairs.keys() - bare
         if bare:
             some = f"{len(bare)} images, such as {bare[0]}"
             _say(f"{root}: {some}, have no mask of that name, a PNG, and are left out")
+    if "test" in lists:
+        apart.update(_read_names(lists["test"], image_folder, pairs))
     return _share_out(root, split, names - apart)
 
 

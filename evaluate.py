@@ -26,8 +26,8 @@ import data
 import models
 import utils
 
-# Settings that say where and how fast a run was made, not what it learned from.
-NOT_COMPARED = {"model", "size", "data", "out", "resume", "device", "amp", "compile", "epochs"}
+# Settings that have a column of their own, or say where and how fast a run was made.
+NOT_COMPARED = {"model", "size", "out", "resume", "device", "amp", "compile", "epochs"}
 
 
 def parse_args(argv=None):

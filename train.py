@@ -459,7 +459,7 @@ def make_parser():
     how = "stop after N epochs without a better validation mIoU; default: never"
     add("--patience", type=count, metavar="N", help=how)
     how = "the same seed gives the same weights (on the CPU)" + default
-    add("--seed", type=utils.number(int, 0, 2**63 - 1), default=0, metavar="N", help=how)
+    add("--seed", type=utils.number(int, 0, 2**32 - 1), default=0, metavar="N", help=how)
     add("--train-split", default="train", metavar="NAME", help="to learn from" + default)
     add("--val-split", default="val", metavar="NAME", help="to score after each epoch" + default)
 

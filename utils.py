@@ -390,8 +390,10 @@ def confusion_matrix(pred, mask, num_classes):
     pred, mask: integer tensors of one shape, pred from 0 to num_classes - 1, mask likewise or void
     (255). Returns int64 (C, C) on their device, rows ground truth, columns prediction. Sum the
     matrices of a whole split, then score: a mean of per-batch scores depends on the batch size.
-    Raises ValueError for a label outside the classes, on a void pixel too.
+    Raises ValueError for other shapes, and for a label outside the classes, on a void pixel too.
     """
+    if pred.shape != mask.shape:
+        raise ValueError(f"pred {tuple(pred.shape)} and mask {tuple(mask.shape)} differ in shape")
     device = pred.device
     if device.type == "mps":  # where bincount is slow, and fails in some versions of PyTorch
         pred, mask = pred.cpu(), mask.cpu()

@@ -855,7 +855,7 @@ def test_the_look_over_sees_palettes_that_disagree(tmp_path, capsys):
 
 def test_class_lists_of_other_tools(tmp_path):
     bare_folder(tmp_path, ["x.jpg", "y.jpg"])
-    (tmp_path / "classes.txt").write_text("__ignore__\n_background_\ncat\n")
+    (tmp_path / "classes.txt").write_text("# mine\n__ignore__\n_background_\ncat\n")
     assert data.read_classes(tmp_path)[0] == ["_background_", "cat"]
     (tmp_path / "labelmap.txt").write_text("background:0,0,0::\nhead:left:9,8,7:a,b:c\n")
     classes, palette, colors = data.read_classes(tmp_path)
@@ -1124,6 +1124,7 @@ def test_splits_that_lie_in_folders_or_in_lists_beside_them(tmp_path):
     [
         ("training/", "validation/", "testing/"),
         ("Train/", "Valid/", "Test/"),
+        ("train_set/", "validate/", "Test-Set/"),
         ("", "val/", "test/"),
         ("train/", None, "test/"),
         ("", None, "testing/"),
@@ -1148,6 +1149,53 @@ def test_folders_of_splits_are_never_mixed(tmp_path, folders):
             assert names["train"] | names["val"] == truth["train"] and names["train"]
             assert names["val"] and not names["train"] & names["val"]
     assert set(data.VOC(tmp_path, folders[2].strip("/"), 32).names) == truth["test"]
+
+
+@pytest.mark.parametrize("folder", ["", "ImageSets/Segmentation/"])
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {"test": "defg"},
+        {"trainval": "abc", "test": "defg"},
+        {"Train": "ab", "Validation": "c", "Test": "defg"},
+    ],
+)
+def test_what_a_test_list_names_is_not_learned_from(tmp_path, folder, lists):
+    bare_folder(tmp_path, [f"{name}.jpg" for name in "abcdefg"])
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    if not folder:  # beside images/, `test.txt` alone is known
+        lists = {"test": "defg"}
+    for name, images in lists.items():
+        (tmp_path / folder / f"{name}.txt").write_text("\n".join(images))
+    found = {split: data.VOC(tmp_path, split, 32).names for split in ("train", "val", "test")}
+    assert found["test"] == list("defg") and sorted(found["train"] + found["val"]) == list("abc")
+    assert found["train"] and found["val"]
+    if "Train" in lists:
+        assert found["train"] == ["a", "b"]
+
+
+def test_folders_that_are_no_splits_are_named_where_they_are_shared_out(tmp_path, capsys):
+    for part in ("dev", "eval"):
+        bare_folder(tmp_path, [f"{part}/{name}.jpg" for name in "abc"], mask=f"{part}/{{}}.png")
+    sets = [data.VOC(tmp_path, split, 32) for split in ("train", "val")]
+    assert sum(map(len, sets)) == 6 and "of 6 images in dev, eval, by" in capsys.readouterr().err
+
+
+def test_folders_may_be_links(tmp_path):
+    bare_folder(tmp_path / "own", ["a.jpg", "b.jpg"])
+    bare_folder(tmp_path / "other", ["c.jpg", "d.jpg"])
+    for part in ("images", "masks"):
+        (tmp_path / "own" / part / "more").symlink_to(tmp_path / "other" / part)
+    train, val = (data.VOC(tmp_path / "own", split, 32).names for split in ("train", "val"))
+    assert sorted(train + val) == ["a", "b", "more/c", "more/d"]
+
+
+def test_a_mask_is_turned_as_its_own_exif_data_say(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    pixels = np.array([[0, 1], [2, 255]], np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.array(data.load_mask(tmp_path / "turned.png", 3)), pixels[::-1, ::-1])
 
 
 def test_photos_may_be_called_like_splits(tmp_path):

@@ -421,14 +421,14 @@ def test_the_comparisons_table_tells_by_flags_how_runs_differ():
         "plain": base | {"settings": settings | {"augment": None, "cosine": False}},
         "best": base | {"settings": settings | {"augment": "flip", "cosine": True, "out": "b"}},
         "seed": base | {"settings": settings | {"augment": None, "cosine": False, "seed": 1}},
-        "old": base | {"settings": settings | {"ema": 0, "class_weights": "a_b"}},
+        "old": base | {"settings": settings | {"ema": 0, "class_weights": "a_b", "data": "/y"}},
     }
     rows = evaluate.format_comparison(results).splitlines()[2:]
     assert [row.strip("|").split("|")[-1].strip() for row in rows] == [
-        "--ema 0.99 --seed 0",
-        "--augment flip --cosine --ema 0.99 --seed 0",
-        "--ema 0.99 --seed 1",
-        "--class-weights a_b --ema 0 --seed 0",
+        "--data /x --ema 0.99 --seed 0",
+        "--augment flip --cosine --data /x --ema 0.99 --seed 0",
+        "--data /x --ema 0.99 --seed 1",
+        "--class-weights a_b --data /y --ema 0 --seed 0",
     ]
 
 

@@ -87,6 +87,12 @@ def test_confusion_matrix_on_real_masks_is_that_of_a_double_loop():
     assert np.array_equal(utils.confusion_matrix(pred, masks, 21), count_by_loop(pred, masks, 21))
 
 
+def test_pred_and_mask_of_other_shapes_are_refused():
+    mask = torch.zeros(3, 4, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"\(3, 1, 4, 5\) and mask \(3, 4, 5\) differ in shape"):
+        utils.confusion_matrix(mask[:, None], mask, 2)
+
+
 @pytest.mark.parametrize(
     "pred, mask",
     [(1, 3), (1, 254), (1, 256), (1, 1000), (1, -1), (3, 0), (5, 2), (3, 255), (-1, 1)],
