@@ -139,10 +139,10 @@ def load_mask(path, num_classes, colors=None):
 
     A palette PNG gives the indices that are stored in it (its colours are only for looking at), a
     grayscale PNG its grey values, and so does an RGB PNG that is all grey. With `colors`,
-    {(red, green, blue): class}, an RGB or palette PNG gives the classes of its colours; a value i of
-    a grayscale PNG, or of a palette that has only background's, means the i-th of `colors`.
-    Raises DataError for all else, for colours that `colors` lacks, and for what is
-    neither a class (below num_classes) nor void.
+    {(red, green, blue): class}, an RGB or palette PNG gives the classes of its colours; the value i
+    of a grayscale PNG, or of a palette that names no class but background, means the i-th of
+    `colors`. A mask is turned as its EXIF data say. Raises DataError for all else: other colours,
+    and values that are neither a class (below num_classes) nor void.
     """
     with _open(path, "image of labels") as file:
         kind = f"{file.mode} {file.format}"
@@ -219,7 +219,7 @@ def _read_lines(path):
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from error
-    return [line for line in lines if line and not line.startswith("#")]
+    return [line for line in lines if line and not f"{line} ".startswith("# ")]  # a comment
 
 
 def read_classes(root):
@@ -411,15 +411,17 @@ def split_names(root, split, image_folder, pairs, roboflow):
     if wanted in folders and (wanted in ("val", "test") or {"train", "val"} <= folders):
         return [name for name in pairs if parts[name] == wanted]
     apart = {name for name in pairs if parts[name] in ("val", "test")}
+    if "test" in lists:
+        apart.update(_read_names(lists["test"], image_folder, pairs))
     if split == "train" and "val" in folders:
         return [name for name in pairs if name not in apart]
     if split not in ("train", "val") or "train" in lists or "val" in lists:
-        found = f"; beside it lie {', '.join(lists)}" if lists else ""
+        said = f"; beside it lie {', '.join(path.name for path in found)}" if found else ""
         if root.name in ("VOC2007", "VOC2012"):
-            found += f"; --data {root.name.lower()} downloads VOC's own"
+            said += f"; --data {root.name.lower()} downloads VOC's own"
         beside = lists.get("train") or lists.get("val") or folder / "train.txt"
         path = beside.parent / f"{split}.txt"
-        raise DataError(f"{path}: does not exist; it should list the split's images{found}")
+        raise DataError(f"{path}: does not exist; it should list the split's images{said}")
     both = lists.get("trainval") or lists.get("default")
     if both:
         names = set(_read_names(both, image_folder, pairs))
@@ -429,8 +431,6 @@ def split_names(root, split, image_folder, pairs, roboflow):
         if bare:
             some = f"{len(bare)} images, such as {bare[0]}"
             _say(f"{root}: {some}, have no mask of that name, a PNG, and are left out")
-    if "test" in lists:
-        apart.update(_read_names(lists["test"], image_folder, pairs))
     return _share_out(root, split, names - apart)
 
 
@@ -454,9 +454,7 @@ class VOC(Dataset):
         self.classes, self.palette, self.colors = read_classes(home)
         for file in self.root.glob(f"*/{ROBOFLOW}") if roboflow else ():
             if read_classes(file.parent)[0] != self.classes:
-                raise DataError(
-                    f"{file}: has other classes than {home}; export the splits together"
-                )
+                raise DataError(f"{file}: has other classes than {home}; export them together")
         self.pairs, rest = find_pairs(self.image_folder, mask_folder)
         if names is None:
             names = split_names(self.root, split, self.image_folder, self.pairs, roboflow)

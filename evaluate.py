@@ -202,10 +202,8 @@ def draw_confusion_matrix(path, cm, classes, title):
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
         for (row, column), share in np.ndenumerate(shares):
             if share >= 0.5:
-                color = "white" if share > 55 else "black"
-                axes.text(
-                    column, row, f"{share:.0f}", ha="center", va="center", color=color, size=8
-                )
+                ink = "white" if share > 55 else "black"
+                axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=ink, size=8)
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
         axes.set(xlabel="predicted class", ylabel="true class")

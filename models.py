@@ -334,10 +334,11 @@ def build_model(name, num_classes=21, **options):
     return MODELS[name](num_classes, **options)
 
 
-def check_output(model, num_classes, size):
+def check_output(model, num_classes, size, device="cpu"):
     """Raise ModelError where a network does not map images of size x size to logits of that size."""
     with torch.no_grad():
-        logits = model.eval()(torch.zeros(1, 3, size, size))
+        logits = model.eval().to(device)(torch.zeros(1, 3, size, size, device=device))
+    model.cpu()  # where it is to be initialised
     found = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
     if found != (1, num_classes, size, size):
         raise ModelError(
@@ -419,9 +420,8 @@ def layer_table(model, size=224):
 
 def print_table(rows):
     """Print rows, dictionaries with the same keys, as columns under their keys."""
-    lines = [list(rows[0])] + [
-        [f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows
-    ]
+    lines = [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows]
+    lines.insert(0, list(rows[0]))
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])]

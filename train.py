@@ -71,9 +71,8 @@ def criterion(logits, masks, weights):
     Add a term (Dice, say, without the void) to that mean: training and validation both use it.
     """
     # The sum divided by hand, because F.cross_entropy's own mean is NaN where all is void.
-    total = F.cross_entropy(
-        logits.float(), masks.long(), weights, ignore_index=data.VOID, reduction="sum"
-    )
+    logits, labels = logits.float(), masks.long()
+    total = F.cross_entropy(logits, labels, weights, ignore_index=data.VOID, reduction="sum")
     return total / pixel_weight(masks, weights).clamp(min=1e-9)
 
 
@@ -314,11 +313,11 @@ def load_sets(args, device, size, names=None):
     return train_set, val_set, weights
 
 
-def make_model(args, num_classes):
+def make_model(args, num_classes, device):
     """Return a new network. What did not come pretrained is initialised by --init, and said so."""
     options = {"pretrained": args.pretrained} if models.takes_pretrained(args.model) else {}
     model = models.build_model(args.model, num_classes, **options)
-    models.check_output(model, num_classes, args.size)  # now, not when images have grown to it
+    models.check_output(model, num_classes, args.size, device)  # now, not when images have grown
     pretrained = getattr(model, "pretrained_parts", ())
     parts = [name for name, _ in model.named_children() if name not in pretrained]
     for name in parts:
@@ -383,7 +382,7 @@ def set_up(args, resumed, device, rank=0, processes=1):
         print("the training set is one image: the network will know only that one")
 
     torch.manual_seed(args.seed)
-    new = None if resumed else make_model(args, len(train_set.classes))
+    new = None if resumed else make_model(args, len(train_set.classes), device)
     model = utils.to_device(new or models.from_checkpoint(resumed), device)
     average = copy.deepcopy(model).requires_grad_(False)
     options = {"weight_decay": args.weight_decay, "fused": True}  # CPU: 0.26 to 0.40 of the time
@@ -467,7 +466,7 @@ def make_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps" + default)
     add("--amp", action=yes_or_no, help="compute in bfloat16; default: where that is fast")
     how = "train faster: by a CUDA graph on one CUDA GPU, by torch.compile elsewhere"
-    add("--compile", action=yes_or_no, default=False, help=how + default)
+    add("--compile", action=yes_or_no, default=False, help=how + "; default: no")
     return parser
 
 

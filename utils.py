@@ -51,8 +51,7 @@ def cli(main, *user_errors):
 
     UserError, OSError, the further exception classes given and a few known errors of PyTorch end
     the process with status 2, as argparse's own do, Ctrl-C with 130, a closed pipe with 1, without a
-    word. All others are bugs: they keep their traceback. (data.py and models.py have error classes of their
-    own, since they can be copied out alone.)
+    word. All others are bugs: they keep their traceback.
     """
     if os.name == "nt":
         os.system("")  # has older consoles of Windows obey "\033[K" instead of showing it
@@ -251,7 +250,7 @@ def select_device(name="auto"):
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:90]
-        raise UserError(f"device '{name}' cannot be used here ({reason}); try --device cpu")
+        raise UserError(f"device '{name}' cannot be used here ({reason}); try --device auto or cpu")
 
 
 def fast_layout(device):
@@ -359,10 +358,8 @@ def cuda_graph(model, batch_size, size, amp):
     try:
         # Weights that autocast keeps in bfloat16 would be recorded, and not follow the training.
         with torch.autocast("cuda", torch.bfloat16, enabled=amp, cache_enabled=False):
-            # A Sequential around the model: PyTorch replaces the `forward` of what it is given.
-            recorded = torch.cuda.make_graphed_callables(
-                nn.Sequential(model.train()), (images,), allow_unused_input=True
-            )
+            whole = nn.Sequential(model.train())  # PyTorch replaces its `forward`, not the model's
+            recorded = torch.cuda.make_graphed_callables(whole, (images,), allow_unused_input=True)
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -725,7 +725,7 @@ def test_roboflows_exports(tmp_path, capsys):
     with pytest.raises(data.DataError, match="_classes.csv: has 2 lines; it should list"):
         data.VOC(tmp_path, "train", 32)
     (tmp_path / "train" / "_classes.csv").write_text("Pixel Value, Class\n0, background\n1, dog\n")
-    with pytest.raises(data.DataError, match="has other classes than .*export the splits together"):
+    with pytest.raises(data.DataError, match="has other classes than .*export them together"):
         data.VOC(tmp_path, "train", 32)
     for path in (tmp_path / "valid").glob("*.*g"):
         path.unlink()
@@ -855,8 +855,8 @@ def test_the_look_over_sees_palettes_that_disagree(tmp_path, capsys):
 
 def test_class_lists_of_other_tools(tmp_path):
     bare_folder(tmp_path, ["x.jpg", "y.jpg"])
-    (tmp_path / "classes.txt").write_text("# mine\n__ignore__\n_background_\ncat\n")
-    assert data.read_classes(tmp_path)[0] == ["_background_", "cat"]
+    (tmp_path / "classes.txt").write_text("# mine\n__ignore__\n_background_\n#cat\n")
+    assert data.read_classes(tmp_path)[0] == ["_background_", "#cat"]
     (tmp_path / "labelmap.txt").write_text("background:0,0,0::\nhead:left:9,8,7:a,b:c\n")
     classes, palette, colors = data.read_classes(tmp_path)
     assert classes == ["background", "head:left"] and palette[1] == [9, 8, 7]
@@ -1151,20 +1151,18 @@ def test_folders_of_splits_are_never_mixed(tmp_path, folders):
     assert set(data.VOC(tmp_path, folders[2].strip("/"), 32).names) == truth["test"]
 
 
-@pytest.mark.parametrize("folder", ["", "ImageSets/Segmentation/"])
 @pytest.mark.parametrize(
-    "lists",
+    ("folder", "lists"),
     [
-        {"test": "defg"},
-        {"trainval": "abc", "test": "defg"},
-        {"Train": "ab", "Validation": "c", "Test": "defg"},
+        ("", {"test": "defg"}),
+        ("ImageSets/Segmentation/", {"test": "defg"}),
+        ("ImageSets/Segmentation/", {"trainval": "abc", "test": "defg"}),
+        ("ImageSets/Segmentation/", {"Train": "ab", "Validation": "c", "Test": "defg"}),
     ],
 )
 def test_what_a_test_list_names_is_not_learned_from(tmp_path, folder, lists):
     bare_folder(tmp_path, [f"{name}.jpg" for name in "abcdefg"])
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
-    if not folder:  # beside images/, `test.txt` alone is known
-        lists = {"test": "defg"}
     for name, images in lists.items():
         (tmp_path / folder / f"{name}.txt").write_text("\n".join(images))
     found = {split: data.VOC(tmp_path, split, 32).names for split in ("train", "val", "test")}
@@ -1172,6 +1170,14 @@ def test_what_a_test_list_names_is_not_learned_from(tmp_path, folder, lists):
     assert found["train"] and found["val"]
     if "Train" in lists:
         assert found["train"] == ["a", "b"]
+
+
+def test_a_test_list_beside_a_folder_for_val_is_not_learned_from(tmp_path):
+    bare_folder(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
+    bare_folder(tmp_path, ["val/d.jpg"], mask="val/{}.png")
+    (tmp_path / "test.txt").write_text("c\n")
+    found = [data.VOC(tmp_path, split, 32).names for split in ("train", "val", "test")]
+    assert found == [["a", "b"], ["val/d"], ["c"]]
 
 
 def test_folders_that_are_no_splits_are_named_where_they_are_shared_out(tmp_path, capsys):
