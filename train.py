@@ -466,7 +466,7 @@ def make_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps" + default)
     add("--amp", action=yes_or_no, help="compute in bfloat16; default: where that is fast")
     how = "train faster: by a CUDA graph on one CUDA GPU, by torch.compile elsewhere"
-    add("--compile", action=yes_or_no, default=False, help=how + "; default: no")
+    add("--compile", action=yes_or_no, help=how + "; default: no")
     return parser
 
 
