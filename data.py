@@ -46,6 +46,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 TIMEOUT = 30  # seconds for which a download waits for a silent host
 NAMES = ("shapes", "voc2007", "voc2012")  # data that is drawn, or downloaded
 MODES = ("flip", "affine")  # of `augment`
+SCHEMES = ("inverse", "median", "enet")  # of `class_weights`
 VOID = 255  # the mask value that counts neither in the loss nor in a score
 VOID_COLOR = (224, 224, 192)  # VOC's, for void in masks that are coloured instead of indexed
 # What Pillow raises for a file that is broken.
@@ -565,11 +566,7 @@ class Shapes(Dataset):
         """Return the mask, uint8 (S, S): drawn images have no other resolution."""
         return self.masks[index]
 
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index], self.masks[index]
+    __len__, __getitem__ = VOC.__len__, VOC.__getitem__
 
 
 def draw_shapes(rng, size):
@@ -611,6 +608,18 @@ def load_dataset(name, split, size, names=None, load=True, device=None):
         if dataset.images.numel() + dataset.masks.numel() < memory / 4:
             dataset.images, dataset.masks = dataset.images.to(device), dataset.masks.to(device)
     return dataset
+
+
+def learned_from(images, names):
+    """Return those of the images `names` that a network learned from, or that it was started from.
+
+    images: what its checkpoint keeps of them. VOC 2012 has VOC 2007's 000032 as 2007_000032.
+    """
+    learned = set()
+    while images:
+        learned |= {name.removeprefix("2007_") for name in images.get("train", ())}
+        images = images.get("before")
+    return [name for name in names if name.removeprefix("2007_") in learned]
 
 
 def memory_size():
@@ -824,9 +833,6 @@ def remark_on_void(dataset, counts):
             f"{dataset.root}: at {size}x{size} {some} have 0 and {VOID} alone: void, or an object "
             "that should be 1? data.py looks them over"
         )
-
-
-SCHEMES = ("inverse", "median", "enet")
 
 
 def class_weights(dataset, scheme):

@@ -149,7 +149,7 @@ def score_checkpoint(path, checkpoint, about, out, args, device):
         where = f"{about['data']}: split {about['split']}"
         raise utils.UserError(f"{where} is void throughout: nothing can be scored")
     values = [None if math.isnan(value) else value for value in utils.iou(cm).tolist()]
-    trained_on = set(checkpoint.get("images", {}).get("train", ())) & set(dataset.names)
+    trained_on = data.learned_from(checkpoint.get("images"), dataset.names)
     if trained_on:
         some = f"{len(trained_on)} of these {len(dataset)} images"
         print(f"{path}: was trained on {some}, by their names: on others it is less good")

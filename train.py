@@ -41,6 +41,7 @@ class Run:
     train_set: torch.utils.data.Dataset  # both sets and the class weights: anew at each size
     val_set: torch.utils.data.Dataset
     weights: torch.Tensor  # of the classes, in the loss
+    images: dict  # {"train", "val"}: names; {"before"}: the same of the file of --encoder-weights
     model: nn.Module
     parallel: nn.Module  # the model, wrapped where there are several processes
     average: nn.Module  # the model with the average of its weights over the steps
@@ -54,10 +55,6 @@ class Run:
     def size(self):
         """The side of the images that the network is given now."""
         return self.val_set.size  # with affine augmentation, training images are twice as large
-
-    def names(self):
-        """Return the names of the images of both sets, which a checkpoint keeps."""
-        return {"train": self.train_set.names, "val": self.val_set.names}
 
     def stop_signal(self):
         """Return the number of the signal that asks for the end, or 0; alike in all processes."""
@@ -159,7 +156,7 @@ def fit(run):
         size = max(run.size, utils.image_size(args, epoch))
         if size > run.size:
             print(f"images of {size}x{size} from here on", flush=True)
-            run.train_set, run.val_set, run.weights = load_sets(args, run.device, size, run.names())
+            run.train_set, run.val_set, run.weights = load_sets(args, run.device, size, run.images)
             speed_up(run)
         started = time.monotonic()
         train_one_epoch(run, epoch)
@@ -171,8 +168,7 @@ def fit(run):
                 f"epoch {epoch}/{args.epochs}: a loss or a weight is not finite (loss {run.loss}, in "
                 f"validation {val_loss}); nothing of this epoch is kept; start anew with a smaller --lr"
             )
-        signal = run.stop_signal()
-        if signal:
+        if signal := run.stop_signal():
             save_last(run)
             print("stopped; go on with  python train.py --resume", utils.quote(run.out / "last.pt"))
             return 128 + signal
@@ -228,7 +224,7 @@ def checkpoint_of(run):
         "palette": run.train_set.palette,
         "size": run.size,
         "data": run.args.data,
-        "images": run.names(),
+        "images": run.images,
         "args": {k: v for k, v in vars(run.args).items() if k not in ("out", "resume")},
         "state_dict": run.average.state_dict(),
         "epoch": len(run.history),
@@ -295,26 +291,23 @@ def finish(run):
     )
 
 
-def load_sets(args, device, size, names=None):
-    """Return (training set, validation set, class weights, float32 (C,)); names: as in Run.names."""
+def load_sets(args, device, size, images=None):
+    """Return (training set, validation set, class weights, float32 (C,)); images: see Run."""
     # Affine augmentation zooms in, so it is given images of twice the size.
     side = size * (2 if args.augment == "affine" else 1)
-    names = names or {"train": None, "val": None}
-    train_set = data.load_dataset(args.data, args.train_split, side, names["train"], device=device)
-    val_set = data.load_dataset(args.data, args.val_split, size, names["val"], device=device)
+    train, val = (images["train"], images["val"]) if images else (None, None)
+    train_set = data.load_dataset(args.data, args.train_split, side, train, device=device)
+    val_set = data.load_dataset(args.data, args.val_split, size, val, device=device)
     data.remark_on_void(train_set, data.require_labels(train_set))
     data.require_labels(val_set, learns=False)
-    both = set(train_set.names) & set(val_set.names)
-    if both and not names["train"]:  # once, not again where images grow
-        print(f"{len(both)} images are in both splits, so validation flatters: {min(both)}, ...")
     weights = torch.ones(len(train_set.classes), device=device)
     if args.class_weights:
         weights = data.class_weights(train_set, args.class_weights).to(device)
     return train_set, val_set, weights
 
 
-def make_model(args, num_classes, device):
-    """Return a new network. What did not come pretrained is initialised by --init, and said so."""
+def make_model(args, num_classes, device, file):
+    """Return a new network, what is not pretrained initialised by --init; file: --encoder-weights'."""
     options = {"pretrained": args.pretrained} if models.takes_pretrained(args.model) else {}
     model = models.build_model(args.model, num_classes, **options)
     models.check_output(model, num_classes, args.size, device)  # now, not when images have grown
@@ -326,7 +319,7 @@ def make_model(args, num_classes, device):
     print(f"; pretrained: {', '.join(pretrained)}" if pretrained else "")
     if args.encoder_weights:
         try:
-            loaded, left = models.load_encoder(model, utils.read_tensors(args.encoder_weights))
+            loaded, left = models.load_encoder(model, file)
         except (models.ModelError, AttributeError, TypeError) as error:
             raise utils.UserError(f"{args.encoder_weights}: {error}; it is not for {args.model}")
         left = ", ".join(left) or "nothing"
@@ -364,14 +357,15 @@ def settle(args, device):
 
 def set_up(args, resumed, device, rank=0, processes=1):
     """Return the Run that the settings describe, or that goes on from the checkpoint `resumed`."""
+    file = utils.read_tensors(args.encoder_weights) if args.encoder_weights and not resumed else {}
     with utils.first_process_first():  # it downloads what is missing
         settle(args, device)
         size = utils.image_size(args, 1)
         if resumed:  # images never shrink, not even where a run that ended goes on for more epochs
             epoch = min(len(resumed["history"]) + 1, args.epochs)
             size = max(utils.image_size(args, epoch), resumed["size"])
-        names = resumed and resumed.get("images")
-        train_set, val_set, weights = load_sets(args, device, size, names)
+        images = resumed and resumed.get("images")
+        train_set, val_set, weights = load_sets(args, device, size, images)
     if resumed and list(train_set.classes) != resumed["classes"]:
         raise data.DataError(f"{args.data}: has other classes than the run that is to go on")
     args.data = str(train_set.root or args.data)  # so that it is found from any folder
@@ -382,7 +376,11 @@ def set_up(args, resumed, device, rank=0, processes=1):
         print("the training set is one image: the network will know only that one")
 
     torch.manual_seed(args.seed)
-    new = None if resumed else make_model(args, len(train_set.classes), device)
+    new = None if resumed else make_model(args, len(train_set.classes), device, file)
+    if not images:
+        images = {"train": train_set.names, "val": val_set.names, "before": file.get("images")}
+        if seen := data.learned_from(images, val_set.names):
+            print(f"validation has {len(seen)} images learned from, so it flatters: {seen[0]}, ...")
     model = utils.to_device(new or models.from_checkpoint(resumed), device)
     average = copy.deepcopy(model).requires_grad_(False)
     options = {"weight_decay": args.weight_decay, "fused": True}  # CPU: 0.26 to 0.40 of the time
@@ -390,7 +388,7 @@ def set_up(args, resumed, device, rank=0, processes=1):
     torch.manual_seed(args.seed + rank)  # each process augments its images differently
     run = Run(
         args=args, out=args.out, device=device, rank=rank, processes=processes,
-        batch_size=batch_size, train_set=train_set, val_set=val_set, weights=weights,
+        batch_size=batch_size, train_set=train_set, val_set=val_set, weights=weights, images=images,
         model=model, parallel=model, average=average, optimizer=optimizer, history=[],
     )  # fmt: skip
     if resumed:

@@ -298,8 +298,7 @@ def initialize(model, scheme):
                 nn.init.zeros_(module.bias)
 
 
-# With --progressive: (20, 4) means that up to 20/32 of the epochs images have 1/4 of --size, and so
-# on. Steps are cheap on small images.
+# (20, 4): up to 20/32 of the epochs, growing images have 1/4 of --size, where steps are cheap.
 GROWTH = ((20, 4), (31, 2), (32, 1))
 
 
@@ -618,8 +617,6 @@ def read_settings(parser, argv):
     """
     args = parser.parse_args(argv)
     if not args.resume:
-        if args.encoder_weights and not Path(args.encoder_weights).exists():
-            raise UserError(f"{args.encoder_weights}: does not exist")  # before the data is loaded
         return args, None
     path = find_checkpoint(args.out if args.resume == "newest" else Path(args.resume), "last.pt")
     checkpoint = load_checkpoint(path)

@@ -221,6 +221,18 @@ def test_the_default_is_the_runs_own_split_and_one_it_was_trained_on_is_said(col
     assert "was trained on 3 of these 3 images" in capsys.readouterr().out
 
 
+def test_voc_2012_has_the_images_of_voc_2007_under_other_names(colors, capsys):
+    names = ("000039", "000063", "2008_000001")
+    root = write_data(Path("own"), val=dict(zip(names, VAL.values())))
+    write_run(Path("run/best.pt"), root)
+    checkpoint = torch.load("run/best.pt", weights_only=True)
+    checkpoint["images"] = {"train": ["2007_000039", "2008_000063"], "val": ["2007_000063"]}
+    torch.save(checkpoint, "run/best.pt")
+    call(evaluate, "run", "--data", root)
+    assert read_scores(next(Path("run/scores").iterdir()))["images_trained_on"] == 1
+    assert "was trained on 1 of these 3 images" in capsys.readouterr().out
+
+
 def test_images_that_are_added_later_do_not_change_the_runs_score(colors, capsys):
     root = write_data(Path("own"), train=TRAIN, val=VAL)
     write_run(Path("run/best.pt"), root)

@@ -303,6 +303,25 @@ def test_encoder_weights_of_another_network_are_refused(tmp_path, voc):
         quick_train("--model", "small", "--data", voc, "--encoder-weights", "numbers.pt")
 
 
+def test_images_that_the_encoder_weights_learned_from_are_said(voc, capsys):
+    flags, said = ("--model", "small", "--data", voc), "images learned from"
+    quick_train(*flags, "--train-split", "val", "--val-split", "train", name="first", epochs=1)
+    quick_train(*flags, "--encoder-weights", "first/last.pt", name="second", epochs=1)
+    assert capsys.readouterr().out.count("validation has 3 images learned from") == 1
+    # A third network learned from them by way of the second, and still does when it goes on.
+    quick_train(*flags, "--encoder-weights", "second/best.pt", name="third", epochs=1)
+    assert said in capsys.readouterr().out
+    call(train, "--resume", "third", "--epochs", 2)
+    assert said not in capsys.readouterr().out
+    call(evaluate, "third/last.pt")
+    assert "was trained on 3 of these 3 images" in capsys.readouterr().out
+    quick_train(*flags, name="fourth", epochs=1)
+    quick_train(*flags, "--encoder-weights", "fourth/best.pt", name="fifth", epochs=1)
+    call(evaluate, "fifth")
+    out = capsys.readouterr().out
+    assert said not in out and "was trained on" not in out
+
+
 def test_a_run_of_a_network_that_is_gone_says_so(voc, monkeypatch):
     quick_train("--model", "small", "--data", voc, epochs=1)
     monkeypatch.delitem(models.MODELS, "small")
@@ -929,7 +948,7 @@ def test_a_network_that_makes_something_else_is_refused_in_one_line(voc, monkeyp
 def test_images_in_both_splits_are_said_once(voc, capsys):
     flags = ("--progressive", "--size", 96, "--val-split", "train")
     quick_train("--model", "small", "--data", voc, *flags)
-    said = "5 images are in both splits, so validation flatters: train_0"
+    said = "validation has 5 images learned from, so it flatters: train_0, ..."
     assert capsys.readouterr().out.count(said) == 1
 
 
