@@ -147,8 +147,8 @@ def load_mask(path, num_classes, colors=None):
     """
     with _open(path, "image of labels") as file:
         kind = f"{file.mode} {file.format}"
-        if kind == "L PNG" and file.tile[0][3] != "L":
-            kind = "2- or 4-bit grayscale PNG"  # Pillow stretches its values to 0 to 255
+        scaled = file.format == "PNG" and file.tile[0][3] != file.mode  # to 8 bits, by Pillow
+        kind = "2- or 4-bit grayscale PNG" if scaled and file.mode == "L" else kind
         file = ImageOps.exif_transpose(file)
         labels, is_rgb = np.array(file), kind in ("RGB PNG", "RGBA PNG")
         by_color = colors and (is_rgb or kind == "P PNG")
@@ -156,7 +156,7 @@ def load_mask(path, num_classes, colors=None):
     mask = _classes_of_colors(path, rgb, colors, not is_rgb) if by_color else None
     if mask:
         return mask
-    if is_rgb and (labels[..., :3] == labels[..., :1]).all() and (labels[..., 3:] == 255).all():
+    if is_rgb and not (scaled or np.ptp(labels[..., :3], 2).any() or (labels[..., 3:] < 255).any()):
         labels = labels[..., 0]  # grey three times over, as OpenCV writes it
     elif kind == "1 PNG" and not colors:
         labels = labels.astype(np.uint8)

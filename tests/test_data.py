@@ -192,13 +192,29 @@ def test_transparent_pixels_show_white(tmp_path):
     assert load_one_row(tmp_path / "palette.png") == [[10, 20, 30], [255, 255, 255]]
 
 
+def write_png(path, width, bits, color, row):
+    """Write a PNG of one row; color: 0 for grey, 2 for RGB. Pillow writes no such depths."""
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        putchunk(file, b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, color, 0, 0, 0))
+        putchunk(file, b"IDAT", zlib.compress(b"\0" + row))
+        putchunk(file, b"IEND", b"")
+
+
+def test_rgb_masks_of_16_bits_are_read_by_their_colours_alone(tmp_path):
+    """Pillow keeps the higher byte: all of a colour, but nothing of a label, which it makes 0."""
+    write_png(tmp_path / "labels.png", 2, 16, 2, struct.pack(">6H", 0, 0, 0, 1, 1, 1))
+    assert np.array(Image.open(tmp_path / "labels.png")).max() == 0
+    with pytest.raises(data.DataError, match="labels.png: is a mask of kind RGB PNG.*8-bit"):
+        data.load_mask(tmp_path / "labels.png", 21)
+    write_png(tmp_path / "colors.png", 2, 16, 2, struct.pack(">6H", 0, 0, 0, 65535, 0, 32896))
+    colors = {(0, 0, 0): 0, (255, 0, 128): 1}
+    assert np.array(data.load_mask(tmp_path / "colors.png", 2, colors)).tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_masks_of_few_bits_are_refused_where_pillow_would_stretch_their_labels(tmp_path, bits):
-    with open(tmp_path / "few.png", "wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
-        putchunk(file, b"IHDR", struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0))
-        putchunk(file, b"IDAT", zlib.compress(b"\0" + bytes([1])))  # the last pixel is label 1
-        putchunk(file, b"IEND", b"")
+    write_png(tmp_path / "few.png", 8 // bits, bits, 0, bytes([1]))  # the last pixel is label 1
     assert np.array(Image.open(tmp_path / "few.png")).max() == 255 // (2**bits - 1)
     with pytest.raises(data.DataError, match="few.png: is a mask of kind 2- or 4-bit grayscale"):
         data.load_mask(tmp_path / "few.png", 21)
