@@ -639,7 +639,7 @@ def test_a_step_on_a_gpu_waits_for_no_copy(monkeypatch):
                 args=args, out=None, device=torch.device("cuda"), rank=0, processes=1,
                 batch_size=2, train_set=Set(images), val_set=Set(1),
                 weights=torch.ones(21, device="cuda"), model=model, parallel=model,
-                average=average, history=[],
+                average=average, history=[], images={},
                 optimizer=torch.optim.AdamW(model.parameters(), fused=True),
             )  # fmt: skip
             with CudaCopies() as copies:
@@ -668,7 +668,7 @@ def test_a_compiled_run_learns_what_another_learns(voc, monkeypatch):
 
 def test_compile_is_left_out_on_an_apple_gpu(capsys):
     args = train.make_parser().parse_args(["--compile"])
-    run = train.Run(args, None, torch.device("mps"), 0, 1, *9 * [None])  # no module to compile
+    run = train.Run(args, None, torch.device("mps"), 0, 1, *10 * [None])  # no module to compile
     train.speed_up(run)
     assert "the run goes on without it" in capsys.readouterr().out
 
