@@ -611,7 +611,7 @@ def load_dataset(name, split, size, names=None, load=True, device=None):
 
 
 def learned_from(images, names):
-    """Return those of the images `names` that a network learned from, or that it was started from.
+    """Return those of the images `names` that a network, or the one it was started from, learned from.
 
     images: what its checkpoint keeps of them. VOC 2012 has VOC 2007's 000032 as 2007_000032.
     """

@@ -307,7 +307,7 @@ def load_sets(args, device, size, images=None):
 
 
 def make_model(args, num_classes, device, file):
-    """Return a new network, what is not pretrained initialised by --init; file: --encoder-weights'."""
+    """Return a new network, --init where it is not pretrained; file: what --encoder-weights holds."""
     options = {"pretrained": args.pretrained} if models.takes_pretrained(args.model) else {}
     model = models.build_model(args.model, num_classes, **options)
     models.check_output(model, num_classes, args.size, device)  # now, not when images have grown
