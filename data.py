@@ -611,12 +611,9 @@ def load_dataset(name, split, size, names=None, load=True, device=None):
 
 
 def learned_from(images, names):
-    """Return those of the images `names` that a network, or the one it was started from, learned from.
-
-    images: what its checkpoint keeps of them. VOC 2012 has VOC 2007's 000032 as 2007_000032.
-    """
+    """Return those names that a checkpoint's `images`, or those before them, say were learned from."""
     learned = set()
-    while images:
+    while images:  # VOC 2012 calls VOC 2007's 000032 2007_000032
         learned |= {name.removeprefix("2007_") for name in images.get("train", ())}
         images = images.get("before")
     return [name for name in names if name.removeprefix("2007_") in learned]

@@ -380,7 +380,8 @@ def set_up(args, resumed, device, rank=0, processes=1):
     if not images:
         images = {"train": train_set.names, "val": val_set.names, "before": file.get("images")}
         if seen := data.learned_from(images, val_set.names):
-            print(f"validation has {len(seen)} images learned from, so it flatters: {seen[0]}, ...")
+            some = f"{len(seen)} validation images have names of some learned from, {seen[0]}, ..."
+            print(f"{some}: where they are the same, validation flatters")
     model = utils.to_device(new or models.from_checkpoint(resumed), device)
     average = copy.deepcopy(model).requires_grad_(False)
     options = {"weight_decay": args.weight_decay, "fused": True}  # CPU: 0.26 to 0.40 of the time

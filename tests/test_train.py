@@ -304,10 +304,10 @@ def test_encoder_weights_of_another_network_are_refused(tmp_path, voc):
 
 
 def test_images_that_the_encoder_weights_learned_from_are_said(voc, capsys):
-    flags, said = ("--model", "small", "--data", voc), "images learned from"
+    flags, said = ("--model", "small", "--data", voc), "names of some learned from"
     quick_train(*flags, "--train-split", "val", "--val-split", "train", name="first", epochs=1)
     quick_train(*flags, "--encoder-weights", "first/last.pt", name="second", epochs=1)
-    assert capsys.readouterr().out.count("validation has 3 images learned from") == 1
+    assert capsys.readouterr().out.count(f"3 validation images have {said}") == 1
     # A third network learned from them by way of the second, and still does when it goes on.
     quick_train(*flags, "--encoder-weights", "second/best.pt", name="third", epochs=1)
     assert said in capsys.readouterr().out
@@ -948,7 +948,7 @@ def test_a_network_that_makes_something_else_is_refused_in_one_line(voc, monkeyp
 def test_images_in_both_splits_are_said_once(voc, capsys):
     flags = ("--progressive", "--size", 96, "--val-split", "train")
     quick_train("--model", "small", "--data", voc, *flags)
-    said = "validation has 5 images learned from, so it flatters: train_0, ..."
+    said = "5 validation images have names of some learned from, train_0, ...: where they"
     assert capsys.readouterr().out.count(said) == 1
 
 
