@@ -3,21 +3,17 @@
     model = build_model("darrennet", num_classes=21)
     logits = model(images)          # float (N, 3, H, W) -> (N, 21, H, W), any H and W from 32 up
 
-    python models.py                # parameters and multiply-adds of all networks
-    python models.py darrennet      # one network, layer by layer
+Layer by layer, with parameters and multiply-adds:  python tools/layers.py darrennet
 
-Every network halves the image a few times and doubles it as often. Where a side is odd, halving
-rounds up, so that doubling gives at least the input's size back; the rest is cut off at the
-right and at the bottom, so each output pixel stays on its input pixel.
+Every network halves the image a few times and doubles it as often. Where a side is odd,
+halving rounds up, so that doubling gives at least the input's size back; the rest is
+cut off at the right and at the bottom, so each output pixel stays on its input pixel.
 """
 
-import argparse
-import copy
 import inspect
 import os
 import pickle
 import re
-from functools import partial
 
 import torch
 from torch import nn
@@ -29,7 +25,7 @@ class ModelError(ValueError):
 
 
 def down(n_in, n_out):
-    """A layer of the baseline's encoder, which halves the size: (N, n_in, H, W) to (N, n_out, H/2, W/2).
+    """A layer of the baseline's encoder: (N, n_in, H, W) to (N, n_out, H/2, W/2).
 
     Convolution, ReLU, batch norm, in the paper's order.
     """
@@ -38,13 +34,13 @@ def down(n_in, n_out):
 
 
 def up(n_in, n_out):
-    """A layer of the baseline's decoder, which doubles the size: (N, n_in, H, W) to (N, n_out, 2H, 2W)."""
+    """A layer of the baseline's decoder: (N, n_in, H, W) to (N, n_out, 2H, 2W)."""
     conv = nn.ConvTranspose2d(n_in, n_out, kernel_size=3, stride=2, padding=1, output_padding=1)
     return nn.Sequential(conv, nn.ReLU(inplace=True), nn.BatchNorm2d(n_out))
 
 
 def fcn_decoder(num_classes):
-    """The baseline's five layers up, back to the image's size, and its 1x1 classifier; also Table 5."""
+    """The baseline's five layers up and its 1x1 classifier; also Table 5."""
     return nn.Sequential(
         up(512, 512),
         up(512, 256),
@@ -59,8 +55,8 @@ class EncoderDecoder(nn.Module):
     """What all networks here are: an encoder, and a decoder that takes what the encoder gives.
 
     Maps float images (N, 3, H, W) to logits (N, num_classes, H, W), H and W from 32 up.
-    `pretrained_parts` names the parts that come with trained weights, which train.py must not
-    initialise; any nn.Module can have it.
+    `pretrained_parts` names the parts that come with trained weights, which train.py
+    must not initialise; any nn.Module can have it.
     """
 
     def __init__(self, encoder, decoder, pretrained=False):
@@ -75,7 +71,7 @@ class EncoderDecoder(nn.Module):
 
 
 class FCN(EncoderDecoder):
-    """The paper's baseline: five strided convolutions to 1/32 of the size, five transposed ones back."""
+    """The paper's baseline: five strided convolutions, five transposed ones back."""
 
     def __init__(self, num_classes=21):
         encoder = nn.Sequential(
@@ -113,8 +109,8 @@ class NonBottleneck1d(nn.Module):
         self.conv3x1_2 = nn.Conv2d(channels, channels, (3, 1), padding=(d, 0), dilation=(d, 1))
         self.conv1x3_2 = nn.Conv2d(channels, channels, (1, 3), padding=(0, d), dilation=(1, d))
         self.bn2 = nn.BatchNorm2d(channels, eps=1e-3)
-        # At first the block passes its input on unchanged (Goyal et al. 2017, Accurate, Large
-        # Minibatch SGD, section 5.1): else the signal grows from block to block.
+        # At first the block passes its input on unchanged (Goyal et al. 2017, Accurate,
+        # Large Minibatch SGD, section 5.1): else the signal grows from block to block.
         nn.init.zeros_(self.bn2.weight)
         self.dropout = nn.Dropout2d(dropout)
 
@@ -160,7 +156,7 @@ class DarrenNetEncoder(nn.Module):
 
 
 class DarrenNetDecoder(nn.Module):
-    """Table 1 from 1/8 of the image back to its size: (N, 128, h, w) to (N, num_classes, 8h, 8w)."""
+    """Table 1, the way back: (N, 128, h, w) to logits (N, num_classes, 8h, 8w)."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -181,8 +177,8 @@ class DarrenNetDecoder(nn.Module):
 class DarrenNet(EncoderDecoder):
     """The paper's network: ERFNet (Romera et al. 2018) without the encoder's own output layer.
 
-    `dropout` holds the probabilities of dropping a channel in the encoder's 64- and 128-channel
-    blocks; the default is ERFNet's.
+    `dropout` holds the probabilities of dropping a channel in the encoder's 64- and
+    128-channel blocks; the default is ERFNet's.
     """
 
     def __init__(self, num_classes=21, dropout=(0.03, 0.3)):
@@ -216,8 +212,8 @@ class UNetEncoder(nn.Module):
 class UNetDecoder(nn.Module):
     """Table 6 from deconv1: doubles the deepest map, joins it to the next, and so on up.
 
-    `widths` are the channels of the five maps, the largest map first. The last layer gives logits
-    at the size of the largest map.
+    `widths` are the channels of the five maps, the largest map first. The last layer
+    gives logits at the size of the largest map.
     """
 
     def __init__(self, widths, num_classes):
@@ -227,7 +223,8 @@ class UNetDecoder(nn.Module):
         self.deconvs = nn.ModuleList(
             nn.ConvTranspose2d(n_in, n_out, 2, stride=2) for n_in, n_out in channels
         )
-        # The table gives conv17 64 channels in; with the skip, as in conv11 to conv15, it is 128.
+        # The table gives conv17 64 channels in; with the skip, as in conv11 to conv15,
+        # it is 128.
         self.convs = nn.ModuleList(double_conv(2 * width, width) for width in (w4, w3, w2, w1))
         self.output = nn.Conv2d(w1, num_classes, 1)
 
@@ -256,10 +253,10 @@ class UNet(EncoderDecoder):
 class ResNet34Encoder(nn.Module):
     """torchvision's ResNet34 without its classifier (He et al. 2015).
 
-    Gives the last map, 512 channels at 1/32 of the image; with `all_maps` a list of five, before
-    it 64 channels at 1/2, 64 at 1/4, 128 at 1/8 and 256 at 1/16. `pretrained` takes the weights
-    that torchvision trained on ImageNet; raises OSError, naming the file, where they can be
-    neither found nor downloaded.
+    Gives the last map, 512 channels at 1/32 of the image; with `all_maps` a list of
+    five, before it 64 channels at 1/2, 64 at 1/4, 128 at 1/8 and 256 at 1/16.
+    `pretrained` takes the weights that torchvision trained on ImageNet; raises OSError,
+    naming the file, where they can be neither found nor downloaded.
     """
 
     def __init__(self, pretrained, all_maps=False):
@@ -297,7 +294,7 @@ class ResNet34FCN(EncoderDecoder):
 
 
 class ResNet34DarrenNet(EncoderDecoder):
-    """DarrenNet's decoder behind ResNet34: two more upsamplers lead from its 512 channels to 128."""
+    """DarrenNet's decoder behind ResNet34; two more upsamplers, from 512 channels to 128."""
 
     def __init__(self, num_classes=21, pretrained=False):
         decoder = (Upsampler(512, 256), Upsampler(256, 128), DarrenNetDecoder(num_classes))
@@ -305,7 +302,7 @@ class ResNet34DarrenNet(EncoderDecoder):
 
 
 class ResNet34UNet(EncoderDecoder):
-    """UNet's decoder on ResNet34's five maps; the largest is half the image: logits are doubled."""
+    """UNet's decoder on ResNet34's five maps, and an upsampling of its logits by 2."""
 
     def __init__(self, num_classes=21, pretrained=False):
         decoder = UNetDecoder((64, 64, 128, 256, 512), num_classes)
@@ -335,28 +332,26 @@ def build_model(name, num_classes=21, **options):
 
 
 def check_output(model, num_classes, size, device="cpu"):
-    """Raise ModelError where a network does not map images of size x size to logits of that size."""
+    """Raise ModelError where a network does not map images to logits of their size."""
     with torch.no_grad():
         logits = model.eval().to(device)(torch.zeros(1, 3, size, size, device=device))
     model.cpu()  # where it is to be initialised
-    found = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
-    if found != (1, num_classes, size, size):
-        raise ModelError(
-            f"{type(model).__name__}: makes {found} of an image (1, 3, {size}, {size}); it should make "
-            f"logits (1, {num_classes}, {size}, {size})"
-        )
+    found, wanted = tuple(getattr(logits, "shape", ())), (1, num_classes, size, size)
+    if found != wanted:
+        said = f"{type(model).__name__}: makes {found or type(logits).__name__} of an image"
+        raise ModelError(f"{said} (1, 3, {size}, {size}); it should make logits {wanted}")
 
 
 def takes_pretrained(name):
-    """Return whether a network's class takes `pretrained`, which has it start from trained weights."""
+    """Return whether a network's class takes `pretrained`."""
     return name in MODELS and "pretrained" in inspect.signature(MODELS[name]).parameters
 
 
 def from_checkpoint(checkpoint):
-    """Return the network that a checkpoint describes, with its weights, in eval mode on the CPU.
+    """Return a checkpoint's network, with its weights, in eval mode, on the CPU.
 
-    `checkpoint` needs the keys `model`, `options`, `classes` and `state_dict`. Raises ModelError
-    where they do not belong together.
+    `checkpoint` needs the keys `model`, `options`, `classes` and `state_dict`. Raises
+    ModelError where they do not belong together.
     """
     name, num_classes = checkpoint["model"], len(checkpoint["classes"])
     try:
@@ -364,17 +359,17 @@ def from_checkpoint(checkpoint):
         model.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError) as error:
         said = f"the weights do not fit {name} as models.py has it now; train anew"
-        raise ModelError(f"{said} ({error})") from error
+        raise ModelError(f"{said} ({str(error)[:90]})") from error
     return model.eval()
 
 
 def load_encoder(model, file):
     """Copy the trained weights that fit into `model`; return (loaded, left out), lists of names.
 
-    `file` is what torch.load gave: a checkpoint of this project (all that fits is taken, the
-    decoder too) or a file of ERFNet's authors (the encoder is; the `module.` or
-    `module.features.` before `encoder.` in its names is cut off). Raises ModelError where nothing
-    fits.
+    `file` is what torch.load gave: a checkpoint of this project (all that fits is
+    taken, the decoder too) or a file of ERFNet's authors (the encoder is; the `module.`
+    or `module.features.` before `encoder.` in its names is cut off). Raises ModelError
+    where nothing fits.
     """
     stored = file.get("state_dict", file)
     if "model" not in file:
@@ -385,66 +380,3 @@ def load_encoder(model, file):
         raise ModelError("none of its tensors fits the model")
     model.load_state_dict({name: stored[name] for name in fits}, strict=False)
     return fits, [name for name in stored if name not in fits]
-
-
-def layer_table(model, size=224):
-    """Return a row for each convolution and pooling layer, in the order in which they run.
-
-    A row is a dictionary: layer, in, out, kernel, stride, padding, dilation, output, parameters,
-    multiply_adds, for one image of size x size. Runs on the meta device, which computes shapes
-    alone.
-    """
-    rows = []
-
-    def record(name, layer, inputs, output):
-        row = {"layer": name, "in": inputs[0].shape[1], "out": output.shape[1]}
-        for key in ("kernel_size", "stride", "padding", "dilation"):
-            value = getattr(layer, key)
-            value = (value, value) if isinstance(value, int) else value
-            row[key.removesuffix("_size")] = "x".join(map(str, value))
-        row["output"] = "x".join(map(str, output.shape[-2:]))
-        row["parameters"] = sum(parameter.numel() for parameter in layer.parameters())
-        # A weight is used once at every pixel of the output; if transposed, of the input.
-        pixels = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
-        weights = layer.weight.numel() if row["parameters"] else 0
-        row["multiply_adds"] = weights * pixels[0, 0].numel()
-        rows.append(row)
-
-    model = copy.deepcopy(model).to("meta").eval()
-    for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d)):
-            layer.register_forward_hook(partial(record, name))
-    model(torch.empty(1, 3, size, size, device="meta"))
-    return rows
-
-
-def print_table(rows):
-    """Print rows, dictionaries with the same keys, as columns under their keys."""
-    lines = [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows]
-    lines.insert(0, list(rows[0]))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])]
-        print("  ".join(cells))
-
-
-def main(argv=None):
-    """Print a network's layers and its sums, or the sums of all networks."""
-    parser = argparse.ArgumentParser(description="Print a network's layers, or a line for each.")
-    parser.add_argument("name", nargs="?", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
-    name = parser.parse_args(argv).name
-    sums = []
-    for each in [name] if name else MODELS:
-        model = build_model(each)
-        rows = layer_table(model)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        sums.append({"model": each, "parameters": parameters})
-        sums[-1]["multiply-adds at 224x224"] = sum(row["multiply_adds"] for row in rows)
-    if name and rows:
-        print_table(rows)
-        print()
-    print_table(sums)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,25 +4,24 @@
     python predict.py photos/ --checkpoint runs/darrennet/best.pt --out segmented
     python predict.py img.jpg --size 448    small things are found better in larger images
 
-Each image gives NAME_mask.png (a palette PNG of class indices, at the image's own size) and
-NAME_overlay.png (the classes' colours over the image, with a legend). The checkpoint says what
-model it is, its classes and their colours: no other flag is needed. A file is never overwritten but
-by the same prediction: of the same image, by the same file and epoch, with the same flags. Exits
-with 1 where some of several images cannot be read, 2 where none can or a path does not exist.
+Each image gives NAME_mask.png (a palette PNG of class indices, at the image's own size)
+and NAME_overlay.png (the photo with the classes in colour, and a legend). The
+checkpoint says what model it is and what its classes are: no other flag is needed. No
+file that is there is ever overwritten. Exits with 1 where some of several images cannot
+be read, 2 where none can or a path does not exist.
 """
 
 import sys
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+import numpy as np
+from PIL import Image, ImageDraw
 
 import data
 import models
 import utils
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "darrennet_voc.pt"
-SOFTWARE = "DarrenNet predict.py"  # stands in each file written here, so that others are known
 KINDS = ("mask", "overlay")
 
 
@@ -31,14 +30,31 @@ def parse_args(argv=None):
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    how = "file or run's folder; default: best.pt of the newest in runs/, or else one in weights/"
+    how = "file or run's folder; default: the newest run on photographs, or else one in weights/"
     add("--checkpoint", type=Path, metavar="FILE", help=how)
-    how = "default: predictions, or predictions-2 and so on where that holds other predictions"
-    add("--out", type=Path, metavar="DIR", help=how)
+    add("--out", type=Path, metavar="DIR", help="default: predictions, or predictions-2, ...")
     add("--size", type=utils.number(int, 32, 4096), help="side of its input; default: as trained")
     add("--tta", action="store_true", help="average with the mirrored image's prediction")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: %(default)s")
     return parser.parse_args(argv)
+
+
+# -------------------------------------------------------------- the network, the images
+
+
+def find_network(given):
+    """Return (path, checkpoint): the one given, the newest run's, or that in weights/.
+
+    A run of drawn shapes knows no photographs, so it is taken only where it is given.
+    """
+    if given:
+        path = utils.find_checkpoint(given)
+        return path, utils.load_checkpoint(path)
+    runs = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    for path in [*reversed(runs), SHIPPED]:
+        checkpoint = utils.load_checkpoint(path)
+        if checkpoint.get("data") != "shapes":
+            return path, checkpoint
 
 
 def find_images(paths):
@@ -47,6 +63,8 @@ def find_images(paths):
     for path in utils.expand(paths):
         if not path.exists():
             raise utils.UserError(f"{path}: does not exist; give images or folders of images")
+        if path.suffix in (".pt", ".pth"):
+            raise utils.UserError(f"{path}: is a network; say --checkpoint {path} before it")
         found += images_in(path) if path.is_dir() else [path]
     return found
 
@@ -54,21 +72,15 @@ def find_images(paths):
 def images_in(folder):
     """Return a folder's images, and print what else is in it, but for hidden files."""
     files = data.image_files(folder)
-    stems, images = {file.stem for file in files}, []
-    for file in files:
-        stem, _, kind = file.stem.rpartition("_")
-        # Masks and overlays are no images: those named after another file, or written here.
-        if kind not in KINDS or (stem not in stems and read_mark(file) is None):
-            images.append(file)
-    rest = sorted(set(folder.iterdir()) - set(images))
-    names = [path.name for path in rest if not path.name.startswith(".")]
-    kinds = ", ".join(sorted(data.IMAGE_SUFFIXES))
-    if names:
-        some = ", ".join(names[:9]) + (", ..." if len(names) > 9 else "")
-        what = f"masks, overlays, folders, and files that are no {kinds} (convert HEIC to JPEG)"
-        print(f"{folder}: left out {some}; not segmented: {what}")
+    outputs = {f"{file.stem}_{kind}" for file in files for kind in KINDS}
+    images = [file for file in files if file.stem not in outputs]  # masks of others are no photos
+    others = sorted(path.name for path in set(folder.glob("[!.]*")) - set(images))
+    if others:
+        some = ", ".join(others[:9]) + (", ..." if len(others) > 9 else "")
+        print(f"{folder}: no images, or masks and overlays, and so left out: {some}")
     if not images:
-        raise utils.UserError(f"{folder}: has no images ({kinds}) to segment")
+        kinds = ", ".join(sorted(data.IMAGE_SUFFIXES))
+        raise utils.UserError(f"{folder}: has no images ({kinds}; convert HEIC to JPEG)")
     return images
 
 
@@ -82,101 +94,126 @@ def output_names(paths):
     return list(names.values())
 
 
-def read_mark(path):
-    """Return how a file was made, as `write` noted it, None where it was not written here."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Comment") if image.info.get("Software") == SOFTWARE else None
-    except (OSError, Image.DecompressionBombError):
-        return None
+def output_folder(given, names):
+    """Return the folder to write to, in which nothing will be overwritten."""
+    if not given:
+        return utils.new_folder(Path("predictions"))
+    for path in (given / f"{name}_{kind}.png" for name in names for kind in KINDS):
+        if path.exists():
+            raise utils.UserError(f"{path}: is there already; choose another --out")
+    given.mkdir(parents=True, exist_ok=True)
+    return given
 
 
-def other_results(folder, marks):
-    """Return words on a file that writing to a folder would lose, None where there is none.
+# ----------------------------------------------------------------------------- pictures
 
-    marks: {name: how its outputs are made}. Those that are there and were made so may be lost.
+
+def save_mask(path, mask, palette):
+    """Write a class mask, 0 to 255, (H, W), as a palette PNG of its values."""
+    image = Image.fromarray(np.asarray(mask, np.uint8))
+    # VOC's colour for void. Setting a palette makes it mode P.
+    image.putpalette(utils.colorize(np.arange(256), palette, (224, 224, 192)).tobytes())
+    image.save(path)
+
+
+def overlay(image, mask, classes):
+    """Return a PIL RGB picture: the photo with the classes in colour, and a legend below it.
+
+    image: PIL RGB; mask: uint8 (H, W) at the image's size. Background (class 0) is the
+    photo as it is; a class is its colour at half strength, with an outline. The legend
+    names the classes that take more than half a percent of the pixels.
     """
-    for name, mark in marks.items():
-        for file in (folder / f"{name}_{kind}.png" for kind in KINDS):
-            made = read_mark(file) if file.exists() else mark
-            if made is None:
-                return f"{file}: was not written by predict.py"
-            if made != mark:
-                return f"{file}: is of another image, of another network or with other flags"
-    return None
+    mask, colors = np.asarray(mask), utils.vivid_colors(len(classes))
+    strength = np.where(mask > 0, np.uint8(128), np.uint8(0))
+    strength[outline(mask, max(2, min(image.size) // 200))] = 255
+
+    shares = {c: share for c, share in class_shares(mask, len(classes)).items() if share > 0.005}
+    names = utils.shown_names(tuple(classes))
+    entries = [f"{names[c]} {share:.1%}" for c, share in shares.items()]
+    size = max(12, min(image.size) // 25)
+    font = utils.load_font(size)
+    width = int(3 * size + max(font.getlength(entry) for entry in entries))  # of an entry
+    columns = max(1, image.width // width)
+    rows = -(-len(entries) // columns)
+    canvas_size = (max(image.width, width), image.height + rows * 2 * size)
+    canvas = Image.new("RGB", canvas_size, "white")
+    canvas.paste(image, (0, 0))
+    canvas.paste(Image.fromarray(utils.colorize(mask, colors)), (0, 0), Image.fromarray(strength))
+    draw = ImageDraw.Draw(canvas)
+    for place, (c, entry) in enumerate(zip(shares, entries)):
+        x, y = place % columns * width, image.height + place // columns * 2 * size
+        box = (x + size // 2, y + size // 2, x + size * 3 // 2, y + size * 3 // 2)
+        draw.rectangle(box, fill=colors[c] if c else "white", outline="black")
+        draw.text((x + 2 * size, y + size), entry, font=font, fill="black", anchor="lm")
+    return canvas
 
 
-def write(folder, name, mark, image, mask, checkpoint):
-    """Write an image's mask and overlay, with `mark`, the text that says how they were made."""
-    utils.make_folder(folder)
-    info = PngInfo()
-    info.add_text("Software", SOFTWARE)
-    info.add_text("Comment", mark)
-    utils.save_mask(folder / f"{name}_mask.png", mask, checkpoint["palette"], pnginfo=info)
-    picture = utils.overlay(image, mask, checkpoint["classes"], checkpoint["palette"])
-    # A photograph hardly shrinks any further at the higher levels, which take most of the time.
-    picture.save(folder / f"{name}_overlay.png", compress_level=1, pnginfo=info)
+def outline(mask, width):
+    """Return where a class mask (H, W) is no background and near another class."""
+    near = np.zeros(mask.shape, bool)
+    near[width:] |= mask[width:] != mask[:-width]
+    near[:-width] |= mask[:-width] != mask[width:]
+    near[:, width:] |= mask[:, width:] != mask[:, :-width]
+    near[:, :-width] |= mask[:, :-width] != mask[:, width:]
+    return near & (mask > 0)
 
 
-def say_network(path, checkpoint):
-    """Print what the network is, what it knows, and where others are."""
-    classes = checkpoint["classes"]
-    names = ", ".join(classes[:6]) + (", ..." if len(classes) > 6 else "")
-    # A Windows path has / and \ for separators: the network may have been trained anywhere.
-    where = checkpoint.get("trained_on") or PureWindowsPath(checkpoint.get("data", "unknown")).name
-    print(f"network: {path}: {checkpoint['model']}, trained on {where}", end=": ")
-    print(f"{len(classes)} classes ({names})")
-    others = sorted(set(SHIPPED.parent.glob("*.pt")) - {path.resolve()})
-    if others:
-        print(f"  --checkpoint takes another, such as {', '.join(map(str, others))}")
+def class_shares(mask, num_classes):
+    """Return {class: share of the pixels} for the classes that a mask has, the largest first."""
+    counts = np.bincount(np.asarray(mask).ravel(), minlength=num_classes)
+    order = sorted(np.flatnonzero(counts).tolist(), key=lambda c: -counts[c])
+    return {c: counts[c] / counts.sum() for c in order}
+
+
+# ---------------------------------------------------------------------------------- run
 
 
 def main(argv=None):
     """Run the command line; see the top of the file."""
     args = parse_args(argv)
-    network = utils.find_checkpoint(args.checkpoint, fallback=SHIPPED)
-    checkpoint = utils.load_checkpoint(network)
-    say_network(network, checkpoint)
+    network, checkpoint = find_network(args.checkpoint)
     device = utils.select_device(args.device)
     model = utils.to_device(models.from_checkpoint(checkpoint), device)
     classes, size = checkpoint["classes"], args.size or checkpoint["size"]
+    print(f"network: {network}: {checkpoint['model']} with {len(classes)} classes, ", end="")
+    print(f"{', '.join(classes[:6])}, ...; --checkpoint takes another")
     paths = find_images(args.images)
-    how = f"by {network.resolve()}, epoch {checkpoint['epoch']}, at {size}x{size}, tta {args.tta}"
-    marks = [ascii(f"{path.resolve()}, {how}") for path in paths]  # a name may be no Unicode
-    made = dict(zip(output_names(paths), marks))
-    out = utils.free_folder(args.out, Path("predictions"), lambda f: other_results(f, made))
-    failed = black = 0
+    names = output_names(paths)
+    out = output_folder(args.out, names)
+    failed = bare = 0
     clear = "\033[K" if sys.stdout.isatty() else ""  # the rest of the progress line
-    for path, (name, mark) in utils.progress(list(zip(paths, made.items())), "segmenting"):
+    for path, name in utils.progress(list(zip(paths, names)), "segmenting"):
         try:
             image = data.load_image(path)
         except data.DataError as error:
             failed += 1
-            hint = "; convert HEIC to JPEG" if path.suffix.lower() in (".heic", ".heif") else ""
-            message = " ".join(f"{error}{hint}".split())
-            print(f"{clear}predict.py: error: {message}", file=sys.stderr)
+            print(f"{clear}predict.py: error: {error}", file=sys.stderr)
             continue
         images = data.normalize(data.to_tensor(image, size)[None].to(device))
         labels, sure = utils.segment(model, images, (image.height, image.width), args.tta)
-        mask, mean, least = labels[0].cpu(), sure.mean().item(), sure.min().item()
-        del labels, sure  # as large as the photograph
-        write(out, name, mark, image, mask, checkpoint)
-        shares = utils.class_shares(mask, classes)
-        found = ", ".join(f"{label} {share:.1%}" for label, share in shares.items())
+        objects = labels > 0
+        mean = sure[objects].mean().item() if objects.any() else None
+        mask = labels[0].cpu()
+        del labels, sure, objects  # as large as the photograph
+
+        save_mask(out / f"{name}_mask.png", mask, checkpoint["palette"])
+        # A photograph hardly shrinks any further at the higher levels, which take most
+        # of the time.
+        overlay(image, mask, classes).save(out / f"{name}_overlay.png", compress_level=1)
+        shares = class_shares(mask, len(classes))
+        found = ", ".join(f"{classes[c]} {share:.1%}" for c, share in shares.items())
         written = "" if name == path.stem else f" -> {name}_mask.png"
-        print(f"{clear}{' '.join(str(path).splitlines())}{written}: {found}; sure: {mean:.2f}")
-        if list(shares) == classes[:1]:
-            black += 1
-            print(f"  nothing but {classes[0]}, with a probability from {least:.2f} up")
-    if black:
+        sure = f"; sure of what is no {classes[0]}: {mean:.2f}" if mean else ""
+        print(f"{clear}{' '.join(str(path).splitlines())}{written}: {found}{sure}")
+        bare += mean is None
+    if bare:
         score = checkpoint["metrics"].get("val_mean_iou", float("nan"))
-        print(
-            f"{black} of {len(paths)} masks are nothing but {classes[0]}: right where no class is to be "
-            f"seen; in validation it scored {score:.3f} mIoU, after {checkpoint['epoch']} epochs"
-        )
+        print(f"{bare} of {len(paths)} masks are nothing but {classes[0]}: is there nothing else? ")
+        print(f"In validation this network scored {score:.3f} mIoU, of 1")
     if failed < len(paths):
-        print(f"sure: the mean probability of the classes chosen; 1/{len(classes)} is a mere guess")
         print(f"masks and overlays are in {out}")
+    elif not args.out:
+        out.rmdir()  # nothing was written
     return 0 if not failed else 1 if failed < len(paths) else 2
 
 

@@ -165,14 +165,14 @@ def row_3(root, folder):
     one = ratio(lambda: class_loop(pred, mask, 21), lambda: utils.confusion_matrix(pred, mask, 21))
     show(3, "loop over classes / confusion matrix, 16 masks of 500x375", one, "≥ 8")
 
-    names = data.VOC(root, "val", 224, load=False).names[:40]
-    dataset = data.VOC(root, "val", 224, names)
+    dataset = data.VOC(root, "val", 224)
+    dataset.names = dataset.names[:40]
     device = utils.select_device()
     model = utils.to_device(models.build_model("fcn"), device).eval()
 
     def decode_and_segment():
         for index in range(len(dataset)):
-            images = data.normalize(dataset[index][0][None].to(device))
+            images = data.normalize(dataset.images[index][None].to(device))
             utils.segment(model, images, dataset.full_mask(index).shape)[0].cpu()
 
     measured = ratio(lambda: evaluate.score(model, dataset, device), decode_and_segment)
@@ -180,13 +180,14 @@ def row_3(root, folder):
 
 
 def row_4(root, folder):
-    def load(processes):
-        """Load the split with as many threads as one of so many processes would take."""
-        os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+    def load(threads):
+        """Load the split with so many threads."""
+        torch.set_num_threads(threads)
         data.VOC(root, "train", 224)
-        del os.environ["LOCAL_WORLD_SIZE"]
 
-    measured = ratio(lambda: load(os.cpu_count()), lambda: load(1))
+    threads = torch.get_num_threads()
+    measured = ratio(lambda: load(1), lambda: load(os.cpu_count()))
+    torch.set_num_threads(threads)
     show(4, f"first load on one core / on all {os.cpu_count()}: 209 images", measured, "≥ 1.7 on 2")
 
 
@@ -197,7 +198,8 @@ def row_5(root, folder):
         "palette": data.color_map(21), "state_dict": model.state_dict(), "epoch": 0, "metrics": {},
     }  # fmt: skip
     utils.save_checkpoint(folder / "net.pt", checkpoint)
-    photos = sorted(data.VOC(root, "val", 32).image_paths)[:100]
+    dataset = data.VOC(root, "val", 32)
+    photos = [dataset.image_paths[name] for name in dataset.names[:100]]
 
     def process(*command):
         subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)

@@ -1,5 +1,6 @@
 """Tiny VOC-layout folders, and the scripts run as a user runs them."""
 
+import csv
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import evaluate
@@ -49,6 +51,35 @@ def write_voc(root, splits=None, num_classes=21, seed=0):
     return root
 
 
+def write_plain(root, files=10):
+    """Write a plain folder of noise images and masks of three classes, and void.
+
+    files: how many, a0.jpg and so on, or their names. Returns {name: its mask, uint8 (H, W)}.
+    """
+    rng = np.random.default_rng(0)
+    files = [f"a{i}.jpg" for i in range(files)] if isinstance(files, int) else files
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "classes.txt").write_text("background\ncat\ndog\n")
+    truth = {}
+    for file in files:
+        name, ending = os.path.splitext(file)
+        mask = rng.integers(0, 3, (5, 6)).astype(np.uint8).repeat(8, 0).repeat(7, 1)
+        mask[:8, :7] = data.VOID
+        Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+        noise = Image.fromarray(rng.integers(0, 256, (40, 42, 3), dtype=np.uint8))
+        noise.save(root / "images" / file, "PNG" if ending.lower() == ".png" else "JPEG")
+        truth[name] = mask
+    return truth
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own_with_every_remark_printed_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data.say.cache_clear()
+    utils.shown_names.cache_clear()
+
+
 @pytest.fixture
 def voc(tmp_path):
     """A folder that holds VOCdevkit/VOC2007 with 5 train and 3 val images."""
@@ -59,12 +90,8 @@ def voc(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Leave out the figures at the end of a run in this process: they take longer than it."""
-    for module, name in (
-        (utils, "curves"),
-        (utils, "samples"),
-        (evaluate, "draw_confusion_matrix"),
-        (evaluate, "draw_class_iou"),
-    ):
+    names = ((utils, "curves"), (utils, "samples"), (evaluate, "draw_confusion_matrix"))
+    for module, name in names:
         monkeypatch.setattr(module, name, lambda *args: None)
 
 
@@ -84,6 +111,17 @@ class Small(models.EncoderDecoder):
 def small(monkeypatch):
     """Make `Small` a model that scripts know by this name, where they run in this process."""
     monkeypatch.setitem(models.MODELS, "small", Small)
+
+
+class Plain(nn.Module):
+    """A network that is nothing but a module: no encoder, no decoder, no batch norm."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(3, num_classes, 3, padding=1)
+
+    def forward(self, images):
+        return self.conv(images)
 
 
 class Process:
@@ -149,7 +187,56 @@ def call(module, *args):
     return module.main([str(arg) for arg in args])
 
 
+def read_scores(folder):
+    """Return what evaluate.py wrote to metrics.json."""
+    return json.loads(Path(folder, "metrics.json").read_text())
+
+
 def check(result):
     """Fail with the process's own words unless it succeeded; return what it printed."""
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def state_of(path):
+    """Return what a checkpoint holds."""
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Return whether nested dictionaries and lists of tensors and plain values are alike, bit for bit."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def read_rows(path):
+    """Return the rows of a log.csv as dictionaries of numbers."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def looks_drawn(path, width, height):
+    """Fail unless the file is a picture of at least that size that is not blank."""
+    pixels = np.array(Image.open(path).convert("L"))
+    assert pixels.shape[0] >= height and pixels.shape[1] >= width, pixels.shape
+    assert pixels.std() > 10 and pixels[0, 0] == 255  # ink on a light background
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts copies between the CPU and the GPU, and numbers that Python waits for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {t.device.type for t in args if isinstance(t, torch.Tensor) and t.ndim}
+        moved = isinstance(out, torch.Tensor) and given and out.device.type not in given
+        self.count += bool(moved) or "local_scalar" in str(function)
+        return out

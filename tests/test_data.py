@@ -1,35 +1,31 @@
 """data.py against torchvision's loader, PIL and figures worked out by hand."""
 
 import ast
-import functools
 import hashlib
-import http.server
 import math
 import os
-import shutil
-import socket
 import struct
-import tarfile
-import threading
 import unicodedata
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_VOC, call, fake_cuda, write_voc
+from conftest import REAL_VOC, call, fake_cuda, read_scores, write_plain, write_voc
 from PIL import Image
 from PIL.PngImagePlugin import putchunk
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import VOCSegmentation
-from torchvision.datasets import voc as torchvision_voc
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 import data
+import evaluate
+import train
+
+PREPARE = "python tools/prepare.py"
 
 
 def test_color_map_has_the_colors_of_the_voc_devkit():
@@ -37,6 +33,9 @@ def test_color_map_has_the_colors_of_the_voc_devkit():
     known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
     for index, color in (known | {255: (224, 224, 192)}).items():
         assert tuple(colors[index]) == color
+
+
+# ------------------------------------------------------------------------------ VOC and plain folders
 
 
 def labels_as_torchvision_reads_them(root, split, size):
@@ -64,32 +63,236 @@ def test_real_voc_gives_the_labels_of_torchvision(split, count):
 
 def test_voc_images_and_full_masks(voc):
     ours = data.VOC(voc, "val", size=40)
-    for index in range(3):
-        image = Image.open(ours.image_paths[index]).resize((40, 40), Image.Resampling.BILINEAR)
-        assert torch.equal(ours[index][0].permute(1, 2, 0), torch.from_numpy(np.array(image)))
-        assert np.array_equal(ours.full_mask(index), np.array(Image.open(ours.mask_paths[index])))
+    folder = voc / "VOCdevkit" / "VOC2007"
+    assert ours.names == ["val_0", "val_1", "val_2"]
+    for index, name in enumerate(ours.names):
+        image = Image.open(folder / f"JPEGImages/{name}.jpg")
+        image = np.array(image.resize((40, 40), Image.Resampling.BILINEAR))
+        assert torch.equal(ours[index][0].permute(1, 2, 0), torch.from_numpy(image))
+        mask = np.array(Image.open(folder / f"SegmentationClass/{name}.png"))
+        assert ours.full_mask(index).dtype == torch.uint8
+        assert np.array_equal(ours.full_mask(index), mask)
     images, masks = ours[[2, 0]]
     assert torch.equal(images[1], ours[0][0]) and torch.equal(masks[0], ours[2][1])
 
 
-def test_the_layout_folder_itself_and_named_classes(tmp_path):
+def test_a_plain_folder_gives_its_masks_and_classes(tmp_path):
+    truth = write_plain(tmp_path)
+    ours = data.VOC(tmp_path, "all", size=32)
+    assert ours.classes == ["background", "cat", "dog"]
+    assert ours.palette == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+    assert ours.names == sorted(truth)
+    for index, name in enumerate(ours.names):
+        assert np.array_equal(ours.full_mask(index), truth[name])
+
+
+def test_the_layout_folder_itself_and_named_classes(tmp_path, capsys):
     root = write_voc(tmp_path / "mine", num_classes=2)
+    assert data.VOC(root, "train", size=32).classes == list(data.VOC_CLASSES)
+    assert "has no classes.txt, so its classes are VOC's 21" in capsys.readouterr().out
     (root / "classes.txt").write_text("\ufeffbackground\r\n\r\ncat\r\n", encoding="utf-8")
     ours = data.VOC(root, "train", size=32)
     assert ours.classes == ["background", "cat"]
     assert ours.palette == [[0, 0, 0], [128, 0, 0]]
 
 
-def jpeg_with_orientation(path):
+def test_the_root_is_absolute_and_must_exist(voc, monkeypatch):
+    monkeypatch.chdir(voc.parent)
+    assert data.VOC("voc", "val", 32).root == (voc / "VOCdevkit/VOC2007").resolve()
+    with pytest.raises(data.DataError, match="/gone: .*; give --data a folder, or one of shapes, "):
+        data.VOC("gone", "val", 32)
+
+
+def test_of_two_vocs_the_one_that_is_taken_is_named(voc, capsys):
+    write_voc(voc / "VOCdevkit" / "VOC2012", {"val": 2})
+    assert len(data.VOC(voc, "val", 32)) == 3
+    said = capsys.readouterr().out
+    assert "VOC2007 is taken" in said and f"--data {voc / 'VOCdevkit/VOC2012'}" in said
+    assert len(data.VOC(voc / "VOCdevkit/VOC2012", "val", 32)) == 2
+
+
+def test_hidden_files_are_no_images_and_endings_may_be_capitals(tmp_path):
+    write_plain(tmp_path, ["x.JPG", "y.jfif", "z.PNG"])
+    for name in ("images/._x.JPG", "images/.DS_Store", "masks/._x.png"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    (tmp_path / "masks" / "x.png").rename(tmp_path / "masks" / "x.PNG")
+    assert [p.name for p in data.image_files(tmp_path / "images")] == ["x.JPG", "y.jfif", "z.PNG"]
+    assert data.VOC(tmp_path, "all", 32).names == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("folder, file", [("images", "x.png"), ("masks", "x.PNG")])
+def test_two_files_of_one_name_are_refused(tmp_path, folder, file):
+    write_plain(tmp_path, ["x.jpg", "y.jpg"])
+    Image.new("L", (42, 40)).save(tmp_path / folder / file)
+    with pytest.raises(data.DataError, match=r"/x\.\w+: x\.\w+ has its name too; rename one"):
+        data.VOC(tmp_path, "train", 32)
+
+
+MANY = [str(i) for i in range(256)]
+
+
+@pytest.mark.parametrize("classes", [["a", "a"], ["a"], ["__ignore__", "_background_", "a"], MANY])
+def test_class_lists_that_cannot_be_meant_are_refused(tmp_path, classes):
+    write_plain(tmp_path)
+    (tmp_path / "classes.txt").write_text("\n".join(classes))
+    said = f"classes.txt: should list 2 to 255 different classes.*; .*{PREPARE}"
+    with pytest.raises(data.DataError, match=said):
+        data.VOC(tmp_path, "train", 32)
+    (tmp_path / "classes.txt").write_text("\n".join(f"# {i}" for i in range(255)))
+    assert data.read_classes(tmp_path) == [f"# {i}" for i in range(255)]  # no line is a comment
+
+
+# ----------------------------------------------------------------------------------------- splits
+
+
+def sides(root):
+    return {split: set(data.VOC(root, split, 32).names) for split in ("train", "val")}
+
+
+def test_a_fifth_is_for_validation_by_the_names_alone(tmp_path, capsys):
+    write_plain(tmp_path, [f"b{i}.jpg" for i in range(60)])
+    before = sides(tmp_path)
+    by_hash = {f"b{i}" for i in range(60) if hashlib.sha256(b"b%d" % i).digest()[0] < 0x33}
+    assert before["val"] == by_hash and len(by_hash) == 13
+    assert before["train"] == {f"b{i}" for i in range(60)} - by_hash
+    assert "val is 13 images, by their names" in capsys.readouterr().out
+    # An image stays on its side when others are added.
+    write_plain(tmp_path, [f"a{i}.jpg" for i in range(10)])
+    after = sides(tmp_path)
+    assert before["val"] < after["val"] and before["train"] < after["train"]
+
+
+def test_the_share_for_validation_ends_below_33(tmp_path):
+    write_plain(tmp_path, ["y362.jpg", "y167.jpg", "y24.jpg"])  # sha256: 32..., 33..., f5...
+    assert sides(tmp_path) == {"val": {"y362"}, "train": {"y167", "y24"}}
+
+
+def test_neither_side_is_empty(tmp_path):
+    # sha256: 03... for y1, 07... for y39, d5... for y27, f5... for y24; a fifth is 33...
+    for names, val in ((("y1", "y39"), "y1"), (("y27", "y24"), "y27")):
+        root = tmp_path / "".join(names)
+        write_plain(root, [f"{name}.jpg" for name in names])
+        assert sides(root) == {"val": {val}, "train": {*names} - {val}}
+
+
+@pytest.mark.parametrize("folder", ["", "ImageSets/Segmentation/"])
+def test_every_list_is_a_split(tmp_path, folder):
+    write_plain(tmp_path, [f"{name}.jpg" for name in "abcdefgh"])
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    for name, listed in {"train": "dab", "val": "c", "at night": "eca"}.items():
+        (tmp_path / folder / f"{name}.txt").write_text("\n".join(listed))
+        assert data.VOC(tmp_path, name, 32).names == list(listed)  # in the list's order
+    with pytest.raises(data.DataError, match="no vla.txt; .* or take at night, train, val, all$"):
+        data.VOC(tmp_path, "vla", 32)
+    (tmp_path / folder / "val.txt").unlink()  # val is not made up where there is a train.txt
+    with pytest.raises(data.DataError, match="has no val.txt; write it"):
+        data.VOC(tmp_path, "val", 32)
+
+
+def test_all_is_every_image_with_a_mask_whatever_the_lists_say(tmp_path):
+    write_plain(tmp_path, [f"{name}.jpg" for name in "abcdef"])
+    (tmp_path / "masks/c.png").unlink()
+    (tmp_path / "images/e.jpg").unlink()
+    for split, listed in {"train": "a", "val": "b", "test": "d"}.items():
+        (tmp_path / f"{split}.txt").write_text(listed)
+    assert data.VOC(tmp_path, "all", 32).names == ["a", "b", "d", "f"]
+
+
+@pytest.mark.parametrize("folder", ["", "ImageSets/Segmentation/"])
+def test_what_a_test_list_names_is_on_neither_side(tmp_path, folder):
+    write_plain(tmp_path, [f"{name}.jpg" for name in "abcdefg"])
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / folder / "test.txt").write_text("d\ne\nf\ng\n")
+    found = sides(tmp_path)
+    assert found["train"] | found["val"] == set("abc") and not found["train"] & found["val"]
+    assert found["train"] and found["val"] and data.VOC(tmp_path, "test", 32).names == list("defg")
+
+
+@pytest.mark.parametrize("on_disk, in_list", [("NFD", "NFC"), ("NFC", "NFD"), ("NFD", "NFD")])
+def test_accents_are_the_same_however_they_are_written(tmp_path, on_disk, in_list):
+    name = "Gläser é 写真 7"
+    write_plain(tmp_path, [unicodedata.normalize(on_disk, f"{name}.jpg"), "b.jpg"])
+    listed = unicodedata.normalize(in_list, f"\n {name} \n\nb\nb\n")
+    (tmp_path / "train.txt").write_text(listed, encoding="utf-8-sig")
+    assert data.VOC(tmp_path, "train", 32).names == [name, "b"]  # each once
+
+
+def test_names_that_are_not_utf_8_are_names(tmp_path):
+    write_plain(tmp_path, ["a0.jpg", "a1.jpg", "a2.jpg", "a3.jpg"])
+    for folder, ending in (("images", ".jpg"), ("masks", ".png")):
+        path = tmp_path / folder / f"a1{ending}"
+        path.rename(tmp_path / folder / os.fsdecode(b"caf\xe9" + ending.encode()))
+    assert sum(map(len, sides(tmp_path).values())) == 4
+
+
+@pytest.mark.parametrize("line", ["{0}.jpg", "/images/{0}.jpg /masksAug/{0}.png", "./{0}", "{0} 1"])
+def test_lists_with_endings_or_columns_are_refused(tmp_path, line):
+    """The second column may name masks of another folder, which would not be read."""
+    write_plain(tmp_path, ["x.jpg", "y.jpg"])
+    (tmp_path / "train.txt").write_text(line.format("x") + "\n" + line.format("y"))
+    with pytest.raises(data.DataError, match=f"train.txt: there is no image called .*{PREPARE}"):
+        data.VOC(tmp_path, "train", 32)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_missing_mask_is_named_and_so_are_the_masks_that_are_there(tmp_path, listed):
+    write_plain(tmp_path, ["x.jpg", "y.jpg"])
+    for name in "xy":
+        (tmp_path / f"masks/{name}.png").rename(tmp_path / f"masks/{name}_mask.png")
+    if listed:
+        (tmp_path / "train.txt").write_text("y\nx\n")
+    with pytest.raises(data.DataError) as error:
+        data.VOC(tmp_path, "train", 32)
+    said = ["x.jpg", "x_mask.png", PREPARE]
+    said += [f"{tmp_path}/train.txt: ", "no mask called 'y'"] if listed else [f"{tmp_path}: "]
+    assert [part for part in said if part not in str(error.value)] == []
+
+
+EXPORTS = {  # the files that other tools write; pictures are RGB here, which no mask may be
+    "labelme": "a.jpg a.json",
+    "labelme2voc": "JPEGImages/a.jpg SegmentationClass/a.npy SegmentationClassPNG/a.png names.txt",
+    "CVAT": "JPEGImages/a.jpg SegmentationClass/a.png labelmap.txt",
+    "Roboflow": "train/a.jpg train/a_mask.png train/_classes.csv",
+    "COCO": "images/a.jpg annotations/instances_train.json",
+    "YOLO": "images/train/a.jpg labels/train/a.txt data.yaml",
+    "Supervisely": "ds/img/a.jpg ds/ann/a.jpg.json meta.json",
+    "Cityscapes": "leftImg8bit/train/x/a.png gtFine/train/x/a_labelIds.png",
+    "Oxford-IIIT Pet": "images/a.jpg annotations/trimaps/a.png",
+    "arrays": "images/a.jpg masks/a.npy classes.txt",
+    "colours": "images/a.jpg masks/a.png classes.txt",
+    "folders": "images/train/a.jpg masks/train/a.png classes.txt",
+    "no classes": "images/a.jpg masks/a.png",
+}
+
+
+@pytest.mark.parametrize("tool", EXPORTS)
+def test_what_other_tools_export_is_refused_and_the_converter_named(tmp_path, tool):
+    for file in EXPORTS[tool].split():
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".jpg", ".png"):
+            Image.new("RGB", (6, 4)).save(path)
+        else:
+            path.write_text("background\ncat\n")
+    with pytest.raises(data.DataError, match=PREPARE) as error:
+        data.VOC(tmp_path, "all", 32)
+    assert len(str(error.value).replace(str(tmp_path), "/home/me")) <= 300
+
+
+# ------------------------------------------------------------------------------- images and masks
+
+
+def load_one_row(path):
+    """Return the pixels of an image file one pixel high, as a list."""
+    return np.array(data.load_image(path))[0].tolist()
+
+
+def test_images_become_upright_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it rotated 90 degrees clockwise
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, :40] = 255  # white on the left, so on top once upright
-    Image.fromarray(pixels).save(path, exif=exif, quality=100)
-
-
-def test_images_become_upright_rgb(tmp_path):
-    jpeg_with_orientation(tmp_path / "turned.jpg")
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif, quality=100)
     upright = np.array(data.load_image(tmp_path / "turned.jpg"))
     assert upright.shape == (80, 40, 3)
     assert upright[:30].min() > 200 and upright[50:].max() < 50
@@ -99,97 +302,39 @@ def test_images_become_upright_rgb(tmp_path):
     red.convert("RGBA").save(tmp_path / "alpha.png")
     red.convert("L").save(tmp_path / "gray.jpg", quality=100)
     red.quantize(4).save(tmp_path / "palette.png")
-    gray = round(0.299 * 250 + 0.587 * 10 + 0.114 * 20)
-    expected = {"gray.jpg": (gray,) * 3}
+    gray = [round(0.299 * 250 + 0.587 * 10 + 0.114 * 20)] * 3
     for name in ("cmyk.jpg", "alpha.png", "gray.jpg", "palette.png"):
-        image = data.load_image(tmp_path / name)
-        assert image.mode == "RGB"
-        color = np.array(expected.get(name, (250, 10, 20)))
-        assert np.abs(np.array(image).astype(int) - color).max() <= 6, name
+        pixels = np.array(data.load_image(tmp_path / name)).astype(int)
+        color = gray if name == "gray.jpg" else [250, 10, 20]
+        assert pixels.shape == (8, 8, 3) and np.abs(pixels - color).max() <= 6, name
 
 
-def test_masks_are_never_read_through_their_colors(tmp_path):
-    values = np.array([[0, 3, 255], [7, 0, 20]], np.uint8)
-    gray = Image.fromarray(values)
-    gray.save(tmp_path / "gray.png")
-    gray.putpalette([0, 0, 0] * 256)  # all colours black: only the indices tell
-    gray.save(tmp_path / "palette.png")
-    for name in ("gray.png", "palette.png"):
-        assert np.array_equal(np.array(data.load_mask(tmp_path / name, 21)), values)
-    with pytest.raises(
-        data.DataError, match=r"palette.png: has the values 7, 20 .*column 0, row 1"
-    ):
-        data.load_mask(tmp_path / "palette.png", 5)
-    gray.putpalette(data.color_map(256)[3] * 256)
-    gray.convert("RGB").save(tmp_path / "rgb.png")
-    with pytest.raises(data.DataError, match="rgb.png: is a mask of kind RGB PNG"):
-        data.load_mask(tmp_path / "rgb.png", 21)
-
-
-def test_masks_of_other_kinds_are_read_where_only_one_thing_can_be_meant(tmp_path):
-    values = np.array([[0, 1, 1], [1, 0, 0]], np.uint8)
-    gray = Image.fromarray(values)
-    kinds = {mode: gray.convert(mode) for mode in ("RGB", "RGBA", "LA")}
-    kinds |= {"1": Image.fromarray(values > 0), "I;16": Image.fromarray(values.astype(np.uint16))}
-    clear = kinds["RGBA"].copy()
-    clear.putalpha(0)
-    for name, mask in (kinds | {"clear": clear}).items():
-        mask.save(tmp_path / "mask.png")
-        if name in ("RGB", "RGBA", "1"):
-            assert np.array_equal(data.load_mask(tmp_path / "mask.png", 2), values)
-        else:
-            with pytest.raises(data.DataError, match="mask.png: is a mask of kind .*; save masks"):
-                data.load_mask(tmp_path / "mask.png", 2)
-
-
-def load_one_row(path):
-    """Return the pixels of an image file one pixel high, as a list."""
-    return np.array(data.load_image(path))[0].tolist()
-
-
-def test_numbers_of_more_than_8_bits_are_scaled_by_their_range_or_refused(tmp_path, monkeypatch):
-    for name in ("deep.png", "deep.tif"):
-        Image.fromarray(np.array([[0, 257, 4095, 65535]], np.uint16)).save(tmp_path / name)
-        expected = [[v] * 3 for v in (0, 1, 16, 255)]  # 4095 / 65535 * 255 = 15.93
-        assert load_one_row(tmp_path / name) == expected
-    Image.open(tmp_path / "deep.png").save(tmp_path / "keyed.png", transparency=7)
-    assert Image.open(tmp_path / "keyed.png").has_transparency_data
-    assert load_one_row(tmp_path / "keyed.png") == expected
-    Image.fromarray(np.array([[0, 0.5, 1]], np.float32)).save(tmp_path / "float.tif")
-    assert load_one_row(tmp_path / "float.tif") == [[0] * 3, [128] * 3, [255] * 3]
-    for wrong in ([0, 1.5], [-0.1, 1], [0, np.nan]):
-        Image.fromarray(np.array([wrong], np.float32)).save(tmp_path / "wrong.tif")
-        with pytest.raises(data.DataError, match="wrong.tif: holds numbers .* save it with 8 bits"):
-            data.load_image(tmp_path / "wrong.tif")
-    Image.fromarray(np.array([[0, 300]], np.int32)).save(tmp_path / "wide.tif")
-    with pytest.raises(data.DataError, match="wide.tif: holds numbers from 0 to 300"):
-        data.load_image(tmp_path / "wide.tif")
-    # Older versions of Pillow give a 16-bit PNG the mode I.
-    real = Image.open
-
-    def older(path):
-        image = real(path)
-        file = image.convert("I")
-        file.format = image.format
-        return file
-
-    monkeypatch.setattr(Image, "open", older)
-    assert load_one_row(tmp_path / "deep.png") == expected
+TRANSPARENT = [[10, 20, 30, 255], [200, 0, 0, 0], [0, 0, 0, 128]]
 
 
 @pytest.mark.filterwarnings("error")
-def test_transparent_pixels_show_white(tmp_path):
-    pixels = np.array([[[10, 20, 30, 255], [200, 0, 0, 0], [0, 0, 0, 128]]], np.uint8)
-    image = Image.fromarray(pixels)
+def test_transparent_pixels_of_png_and_webp_show_white(tmp_path):
+    image = Image.fromarray(np.array([TRANSPARENT], np.uint8))
     image.save(tmp_path / "alpha.png")
+    image.save(tmp_path / "alpha.webp", lossless=True, exact=True)
     expected = [[10, 20, 30], [255, 255, 255], [127, 127, 127]]  # 255 * (1 - 128 / 255)
     assert load_one_row(tmp_path / "alpha.png") == expected
+    assert load_one_row(tmp_path / "alpha.webp") == expected
     Image.fromarray(np.array([[[9, 255], [9, 0]]], np.uint8)).save(tmp_path / "la.png")
     assert load_one_row(tmp_path / "la.png") == [[9, 9, 9], [255, 255, 255]]
     palette = Image.fromarray(np.array([[0, 1]], np.uint8))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.save(tmp_path / "palette.png", transparency=bytes([255, 0]))
     assert load_one_row(tmp_path / "palette.png") == [[10, 20, 30], [255, 255, 255]]
+
+
+def test_the_fourth_band_of_a_tiff_is_left_out_and_that_is_said_once(tmp_path, capsys):
+    """It may be near infrared: red, green and blue stay as they are, whatever is in it."""
+    for name in ("a.tif", "b.tiff"):
+        Image.fromarray(np.array([TRANSPARENT], np.uint8)).save(tmp_path / name)
+        assert load_one_row(tmp_path / name) == [pixel[:3] for pixel in TRANSPARENT]
+    said = f"{tmp_path}: of TIFFs with four bands the fourth is left out"
+    assert capsys.readouterr().out == said + "\n"
 
 
 def write_png(path, width, bits, color, row):
@@ -201,23 +346,203 @@ def write_png(path, width, bits, color, row):
         putchunk(file, b"IEND", b"")
 
 
-def test_rgb_masks_of_16_bits_are_read_by_their_colours_alone(tmp_path):
-    """Pillow keeps the higher byte: all of a colour, but nothing of a label, which it makes 0."""
-    write_png(tmp_path / "labels.png", 2, 16, 2, struct.pack(">6H", 0, 0, 0, 1, 1, 1))
-    assert np.array(Image.open(tmp_path / "labels.png")).max() == 0
-    with pytest.raises(data.DataError, match="labels.png: is a mask of kind RGB PNG.*8-bit"):
-        data.load_mask(tmp_path / "labels.png", 21)
-    write_png(tmp_path / "colors.png", 2, 16, 2, struct.pack(">6H", 0, 0, 0, 65535, 0, 32896))
-    colors = {(0, 0, 0): 0, (255, 0, 128): 1}
-    assert np.array(data.load_mask(tmp_path / "colors.png", 2, colors)).tolist() == [[0, 1]]
+def test_images_of_more_than_8_bits_are_refused_with_what_helps(tmp_path):
+    for name in ("gray.png", "gray.tif"):
+        Image.fromarray(np.array([[0, 257, 65535]], np.uint16)).save(tmp_path / name)
+    Image.fromarray(np.array([[0, 0.5, 1]], np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.array([[0, 300]], np.int32)).save(tmp_path / "wide.tif")
+    # Pillow would read the upper half of these without a word.
+    write_png(tmp_path / "rgb.png", 2, 16, 2, struct.pack(">6H", 0, 0, 0, 65535, 0, 32896))
+    assert Image.open(tmp_path / "rgb.png").mode == "RGB"
+    for name in ("gray.png", "gray.tif", "float.tif", "wide.tif", "rgb.png"):
+        with pytest.raises(data.DataError, match=f"{name}: has more than 8 bits.* --white NUMBER"):
+            data.load_image(tmp_path / name)
+
+
+def test_masks_are_never_read_through_their_colors(tmp_path):
+    values = np.array([[0, 3, 255], [7, 0, 20]], np.uint8)
+    gray = Image.fromarray(values)
+    gray.save(tmp_path / "gray.png")
+    gray.putpalette([0, 0, 0] * 256)  # all colours black: only the indices tell
+    gray.save(tmp_path / "palette.png")
+    for name in ("gray.png", "palette.png"):
+        assert np.array_equal(np.array(data.load_mask(tmp_path / name, 21)), values)
+    said = r"palette.png: has the values \[7, 20\]; classes are 0 to 4, void is 255"
+    with pytest.raises(data.DataError, match=said):
+        data.load_mask(tmp_path / "palette.png", 5)
+    few = Image.fromarray(np.array([[0, 3, 1]], np.uint8))
+    few.putpalette([0, 0, 0, 9, 9, 9, 99, 99, 99, 200, 0, 0])
+    few.save(tmp_path / "few.png", bits=2)  # of a palette's few bits nothing is stretched
+    assert np.array(data.load_mask(tmp_path / "few.png", 4)).tolist() == [[0, 3, 1]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1", "I;16", "JPEG"])
+def test_masks_of_other_kinds_are_refused(tmp_path, mode):
+    values = np.array([[0, 1, 1], [1, 0, 0]], np.uint8)
+    mask = Image.fromarray(values.astype(np.uint16) if mode == "I;16" else values)
+    mask = mask.convert(mode) if mode in ("RGB", "RGBA", "LA", "1") else mask
+    mask.save(tmp_path / "mask.png", "JPEG" if mode == "JPEG" else "PNG")
+    with pytest.raises(data.DataError, match=f"mask.png: is a .* 8-bit grayscale PNG.*{PREPARE}"):
+        data.load_mask(tmp_path / "mask.png", 2)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_masks_of_few_bits_are_refused_where_pillow_would_stretch_their_labels(tmp_path, bits):
     write_png(tmp_path / "few.png", 8 // bits, bits, 0, bytes([1]))  # the last pixel is label 1
     assert np.array(Image.open(tmp_path / "few.png")).max() == 255 // (2**bits - 1)
-    with pytest.raises(data.DataError, match="few.png: is a mask of kind 2- or 4-bit grayscale"):
+    with pytest.raises(data.DataError, match="few.png: is a .*; python tools/prepare.py"):
         data.load_mask(tmp_path / "few.png", 21)
+
+
+def test_a_mask_is_turned_as_its_own_exif_data_say(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    pixels = np.array([[0, 1], [2, 255]], np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.array(data.load_mask(tmp_path / "turned.png", 3)), pixels[::-1, ::-1])
+
+
+# --------------------------------------------------------------------------------- decoding a split
+
+
+def test_progress_is_called_and_its_label_says_how_much_memory_is_taken(voc):
+    calls = []
+
+    def progress(items, label):
+        calls.append((list(items), label))
+        yield from items
+
+    data.load_dataset(voc, "train", 32, progress=progress)
+    data.load_dataset(voc, "val", 4096, progress=progress)  # 3 * 4 * 4096 ** 2 = 3 * 2 ** 26
+    labels = ["reading train, 0.0 GiB", "reading val, 0.2 GiB"]
+    assert calls == list(zip([[0, 1, 2, 3, 4], [0, 1, 2]], labels))
+
+
+def test_a_split_that_memory_cannot_hold_is_refused_with_what_helps(voc):
+    with pytest.raises(data.DataError, match="VOC2007: split train: .*; give a smaller --size"):
+        data.VOC(voc, "train", size=2**22)  # 240 TiB, more than 64-bit processors can address
+
+
+def test_decoding_takes_the_threads_that_pytorch_has(voc, monkeypatch):
+    """PyTorch knows how many cores a job or a container has; os.cpu_count does not."""
+    asked = []
+
+    class Pool(data.ThreadPoolExecutor):
+        def __init__(self, count):
+            asked.append(count)
+            super().__init__(count)
+
+    monkeypatch.setattr(data, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    data.VOC(voc, "val", 32)
+    assert asked == [3]
+
+
+def test_a_mistake_of_our_own_is_not_blamed_on_a_file(voc, monkeypatch):
+    def wrong(image, size):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(data, "to_tensor", wrong)
+    with pytest.raises(KeyError, match="a bug"):
+        data.VOC(voc, "train", 32)
+
+
+def test_a_long_message_of_pillow_hides_neither_file_nor_remedy(tmp_path, monkeypatch):
+    def broken(path):
+        raise SyntaxError("broken\n" + 40 * "very long " + "end")
+
+    monkeypatch.setattr(Image, "open", broken)
+    for read, remedy in ((data.load_image, "give another file"), (data.load_mask, "DIR NEW")):
+        with pytest.raises(data.DataError) as error:
+            read("a/folder/of/mine/picture.png", *([2] if read == data.load_mask else []))
+        said = str(error.value)
+        assert said.startswith("a/folder/of/mine/picture.png: broken very long very long")
+        assert said.endswith(remedy) and len(said) <= 300 and "\n" not in said
+
+
+def test_remarks_are_printed_once(capsys):
+    for line in ("one", "two", "one"):
+        data.say(line)
+    assert capsys.readouterr() == ("one\ntwo\n", "")
+
+
+# --------------------------------------------------------------------------------- a set of one's own
+
+
+class Halves:
+    """All that scripts need of a data set: the right half of each picture is white, and a class."""
+
+    def __init__(self, size):
+        self.names = ["a", "b", "c", "d"]
+        self.classes = ["background", "white"]
+        self.palette = [[0, 0, 0], [9, 9, 9]]
+        self.masks = torch.zeros(4, size, size, dtype=torch.uint8)
+        self.masks[:, :, size // 2 :] = 1
+        self.images = self.masks[:, None].repeat(1, 3, 1, 1) * 255
+
+    def full_mask(self, index):
+        return self.masks[index]
+
+
+def test_a_class_of_ones_own_trains_and_is_scored(tmp_path, monkeypatch, no_pictures, small):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "NAMES", (*data.NAMES, "halves"))
+    monkeypatch.setattr(data, "load_dataset", lambda name, split, size, *more, **how: Halves(size))
+    flags = ("--size", 32, "--batch-size", 2, "--epochs", 20, "--lr", 0.01, "--device", "cpu")
+    call(train, "--model", "small", "--data", "halves", "--out", "run", *flags)
+    call(evaluate, "run", "--out", "scores")
+    metrics = read_scores("scores")
+    assert metrics["images"] == 4 and list(metrics["iou"]) == ["background", "white"]
+    assert metrics["pixel_accuracy"] > 0.9
+
+
+def test_data_can_be_copied_out_alone():
+    nodes = ast.parse(Path(data.__file__).read_text()).body
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert "torch" in names and not names & {"utils", "models", "matplotlib", "torchvision"}
+
+
+# --------------------------------------------------------------------------------- what masks show
+
+
+def with_masks(*masks, background="background"):
+    """Return a set whose masks have these values, for `data.check_labels`."""
+    dataset = Halves(2)
+    dataset.classes = [background, "white"]
+    dataset.masks = torch.tensor(masks, dtype=torch.uint8).view(-1, 2, 2)
+    return dataset
+
+
+def test_labels_that_nothing_can_be_learned_from_are_refused():
+    for learns in (True, False):
+        with pytest.raises(data.DataError, match=r"^own: has no pixel with a label; .*\(255\)"):
+            data.check_labels(with_masks([255] * 4, [255] * 4), "own", learns)
+        said = f"own: the masks have nothing but background .*; .* 255 should be 1; {PREPARE}"
+        with pytest.raises(data.DataError, match=said):
+            data.check_labels(with_masks([0, 255, 0, 255], [0] * 4), "own", learns)
+        data.check_labels(with_masks([0, 1, 255, 255], [0] * 4), "own", learns)
+    with pytest.raises(data.DataError, match="nothing but background"):
+        data.check_labels(with_masks([0] * 4), "own")
+    data.check_labels(with_masks([0] * 4), "own", learns=False)  # background alone can be scored
+
+
+def test_masks_that_may_have_void_for_the_object_are_said_in_training(capsys):
+    masks = ([0, 0, 1, 1], [0] * 4, [0, 0, 255, 255], [0, 255, 255, 255])
+    data.check_labels(with_masks(*masks), "own", learns=False)
+    assert capsys.readouterr().out == ""
+    data.check_labels(with_masks(*masks), "own")
+    said = "own: 2 masks, such as that of c, have 0 and 255 alone: void, or an object that should"
+    assert capsys.readouterr().out.startswith(said)
+
+
+@pytest.mark.parametrize("name", ["void", "unlabeled", "_Unlabelled_", "Ignore", "sky"])
+def test_a_first_class_that_seems_to_be_void_is_said_to_be_learned(capsys, name):
+    data.check_labels(with_masks([0, 0, 1, 1], background=name), "own")
+    said = f"own: class 0 is called {name}, but is learned and counts in scores; {PREPARE} DIR NEW"
+    assert capsys.readouterr().out == (
+        "" if name == "sky" else f"{said} --void 0 has it left out\n"
+    )
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -344,10 +669,8 @@ def test_images_that_are_no_bytes_are_refused():
 
 def test_an_epochs_order_is_one_of_all_images_in_whole_batches():
     class Ten:
+        names = tuple("abcdefghij")
         images = torch.zeros(10)
-
-        def __len__(self):
-            return 10
 
     orders = [data.epoch_order(Ten(), 3, seed, epoch) for seed, epoch in ((0, 1), (0, 2), (1, 1))]
     for order in orders:
@@ -413,12 +736,6 @@ class TwoMasks:
     classes = ("a", "b", "c", "d")
     masks = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 2, 255, 255]], dtype=torch.uint8)
 
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return None, self.masks[index]
-
 
 def test_class_weights_by_hand():
     inverse = data.class_weights(TwoMasks(), "inverse")
@@ -453,781 +770,16 @@ def test_shapes_masks_lie_on_the_drawn_shapes():
             assert saturation[labels > 0].mean() > 1.3 * saturation[labels == 0].mean()
 
 
-# ------------------------------------------------------------------------------ folders of one's own
-
-LABELMAP = """# label:color_rgb:parts:actions
-cat:250,50,10::
-background:0,0,0::
-dog:10,20,200::
-"""
-NAMES = {"classes.txt": "background\ncat\ndog\n", "class_names.txt": "_background_\ncat\ndog\n"}
-
-
-def write_folder(root, kind, count=10):
-    """Write a folder as a labelling tool exports it; return {name: its true mask, uint8 (H, W)}."""
-    rng = np.random.default_rng(0)
-    images, masks, names = {
-        "plain": ("images", "masks", "classes.txt"),
-        "labelme": ("JPEGImages", "SegmentationClassPNG", "class_names.txt"),
-        "newer labelme": ("JPEGImages", "SegmentationClass", "class_names.txt"),
-        "cvat": ("JPEGImages", "SegmentationClass", "labelmap.txt"),
-        "cvat indices": ("JPEGImages", "SegmentationClass", "labelmap.txt"),
-    }[kind]
-    for folder in (images, masks):
-        (root / folder).mkdir(parents=True)
-    (root / names).write_text(NAMES.get(names, LABELMAP))
-    if kind == "labelme":
-        (root / "SegmentationClass").mkdir()
-        np.save(root / "SegmentationClass" / "a0.npy", np.zeros(3))
-    truth = {}
-    for i in range(count):
-        mask = rng.integers(0, 3, (5, 6)).astype(np.uint8).repeat(8, 0).repeat(7, 1)
-        mask[:8, :7] = 255 if kind != "cvat indices" else 0
-        truth[f"a{i}"] = mask
-        ending = "png" if kind == "plain" and i == 0 else "jpg"
-        noise = rng.integers(0, 256, (40, 42, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(root / images / f"a{i}.{ending}")
-        if kind == "cvat":
-            table = np.full((256, 3), (224, 224, 192), np.uint8)
-            table[:3] = [(0, 0, 0), (250, 50, 10), (10, 20, 200)]
-            picture = Image.fromarray(table[mask])
-        elif kind == "cvat indices":
-            picture = Image.fromarray(np.array([1, 0, 2], np.uint8)[mask])  # the lines' order
-        else:
-            picture = Image.fromarray(mask)
-            if kind != "plain":
-                picture.putpalette(bytes(range(256)) * 3)
-        picture.save(root / masks / f"a{i}.png")
-    if kind.startswith("cvat"):
-        (root / "ImageSets" / "Segmentation").mkdir(parents=True)
-        listed = "\n".join(truth) + "\n"
-        (root / "ImageSets" / "Segmentation" / "default.txt").write_text(listed)
-    return truth
-
-
-KINDS = ["plain", "labelme", "newer labelme", "cvat", "cvat indices"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_folders_as_the_tools_export_them(tmp_path, kind, capsys):
-    truth = write_folder(tmp_path, kind)
-    sets = {split: data.VOC(tmp_path, split, 32) for split in ("train", "val")}
-    for_val = [name for name in truth if hashlib.sha256(name.encode()).digest()[0] < 51]
-    said = capsys.readouterr().err
-    assert f"val is {len(for_val)} of 10 images, by their names" in said
-    assert sets["val"].names == for_val and len(sets["train"]) == 10 - len(for_val)
-    names = {split: [p.stem for p in dataset.image_paths] for split, dataset in sets.items()}
-    assert sorted(names["train"] + names["val"]) == sorted(truth)
-    for split, dataset in sets.items():
-        assert [name.strip("_") for name in dataset.classes] == ["background", "cat", "dog"]
-        for index, name in enumerate(names[split]):
-            assert np.array_equal(dataset.full_mask(index), truth[name])
-    if kind.startswith("cvat"):
-        assert sets["val"].palette == [[0, 0, 0], [250, 50, 10], [10, 20, 200]]
-    assert [p.stem for p in data.VOC(tmp_path, "val", 32).image_paths] == names["val"]
-
-
-def test_colors_that_the_label_map_does_not_name_are_counted(tmp_path):
-    write_folder(tmp_path, "cvat")
-    path = tmp_path / "SegmentationClass" / "a3.png"
-    pixels = np.array(Image.open(path))
-    pixels[2, :3], pixels[4, 1] = (1, 2, 3), (9, 9, 9)
-    Image.fromarray(pixels).save(path)
-    said = r"a3.png: has 4 pixels in 2 colours that labelmap.txt does not name \(3 of \(1, 2, 3\)"
-    with pytest.raises(data.DataError, match=said):
-        data.VOC(tmp_path, "train", 32)
-
-
-@pytest.mark.parametrize(
-    "labelmap, said",
-    [
-        ("cat;1,2,3", "'cat;1,2,3' is not name:red,green,blue"),
-        ("background:0,0,0::\ncat:1,2::", "'cat:1,2::' is not name:red,green,blue"),
-        ("background:0,0,0::\ncat:1,2,333::", "'cat:1,2,333::' is not .* of 0 to 255"),
-        ("background:0,0,0::\ncat:0,0,0::", "'cat:0,0,0::' .* its colour is taken"),
-        ("cat:1,2,3::", "names no class 'background'"),
-        ("background:0,0,0::\ncat:1,2,3::\ncat:4,5,6::", "has 3 lines; it .* different"),
-        (
-            "background:0,0,0::\n" + "\n".join(f"c{i}:1,2,{i}::" for i in range(255)),
-            "has 256 lines; it .* 2 to 255",
-        ),
-    ],
-)
-def test_label_maps_that_cannot_be_meant_are_refused(tmp_path, labelmap, said):
-    write_folder(tmp_path, "cvat")
-    (tmp_path / "labelmap.txt").write_text(labelmap)
-    with pytest.raises(data.DataError, match=said):
-        data.VOC(tmp_path, "train", 32)
-
-
-def test_a_plain_folder_needs_the_names_of_its_classes(tmp_path):
-    write_folder(tmp_path, "plain")
-    (tmp_path / "classes.txt").write_text("background\nbackground\n")
-    with pytest.raises(
-        data.DataError, match="classes.txt: has 2 lines; it should list 2 to 255 different classes"
-    ):
-        data.VOC(tmp_path, "train", 32)
-    (tmp_path / "classes.txt").unlink()
-    with pytest.raises(data.DataError, match="has no classes.txt; list the classes"):
-        data.VOC(tmp_path, "train", 32)
-
-
-def bare_folder(root, names, images="images", masks="masks", mask="{}.png", classes=True):
-    """Write small images and masks of two classes; `mask` is the masks' names."""
-    for i, name in enumerate(names):
-        image_path, mask_path = root / images / name, root / masks / mask.format(Path(name).stem)
-        for path in (image_path, mask_path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        kind = "PNG" if name.lower().endswith("png") else "JPEG"
-        Image.new("RGB", (6, 4), (i, i, i)).save(image_path, kind)
-        Image.fromarray(np.array([[0, 1, 1]], np.uint8).repeat(4, 0).repeat(2, 1)).save(
-            mask_path, "PNG"
-        )
-    if classes:
-        (root / "classes.txt").write_text("background\ncat\n")
-    return root
-
-
-def names_by_split(root):
-    return {split: set(data.VOC(root, split, 32).names) for split in ("train", "val")}
-
-
-def test_an_image_stays_on_its_side_when_others_are_added(tmp_path):
-    bare_folder(tmp_path, [f"b{i}.jpg" for i in range(60)])
-    before = names_by_split(tmp_path)
-    assert len(before["val"]) == 13 and len(before["train"]) == 47  # sha256's first byte below 51
-    bare_folder(tmp_path, [f"a{i}.jpg" for i in range(10)])
-    after = names_by_split(tmp_path)
-    assert before["val"] < after["val"] and before["train"] < after["train"]
-
-
-def test_neither_side_is_empty(tmp_path):
-    # sha256: 03... for y1, 07... for y39, d5... for y27, f5... for y24; a fifth is 33...
-    for names, val in ((("y1", "y39"), "y1"), (("y27", "y24"), "y27")):
-        root = bare_folder(tmp_path / "".join(names), [f"{name}.jpg" for name in names])
-        assert names_by_split(root)["val"] == {val}
-
-
-def test_names_are_taken_instead_of_lists_and_nothing_is_decoded_before_load(voc):
-    chosen = ["val_2", "train_0"]
-    dataset = data.load_dataset(voc, "train", 32, names=chosen)
-    assert dataset.names == chosen == [path.stem for path in dataset.image_paths]
-    later = data.VOC(voc, "train", 32, names=chosen, load=False)
-    assert later.images is None and len(later) == 2
-    later.load()
-    assert torch.equal(later.masks, dataset.masks)
-    with pytest.raises(data.DataError, match="gone.jpg: does not exist.*has 8 images, such as tra"):
-        data.VOC(voc, "train", 32, names=["gone"])
-    assert data.Shapes("val", 32).names[3] == "val_3" and data.Shapes("val", 32).root is None
-
-
-def test_the_root_is_absolute_and_must_exist(voc, monkeypatch):
-    monkeypatch.chdir(voc.parent)
-    assert data.VOC("voc", "val", 32).root == (voc / "VOCdevkit/VOC2007").resolve()
-    with pytest.raises(
-        data.DataError, match=r"/gone: does not exist; give --data a folder, or one of voc2007"
-    ):
-        data.VOC("gone", "val", 32)
-
-
-def test_what_a_folder_leaves_in_doubt_is_said(tmp_path, capsys):
-    write_folder(tmp_path, "cvat")
-    (tmp_path / "classes.txt").write_text("background\nb\na\n")
-    (tmp_path / "train.txt").write_text("a1\na2\na1\n")
-    (tmp_path / "val.txt").write_text("a3\n")
-    assert data.VOC(tmp_path, "train", 32).names == ["a1", "a2"]
-    said = capsys.readouterr().err
-    assert "are those of labelmap.txt; classes.txt is not read" in said
-    assert "train.txt: names images more than once, such as a1: each counts once" in said
-    (tmp_path / "val.txt").unlink()
-    with pytest.raises(data.DataError, match=rf"{tmp_path}/val.txt: does not exist"):
-        data.VOC(tmp_path, "val", 32)
-
-
-def test_masks_that_may_have_void_for_the_object_are_said_in_training(voc, capsys):
-    dataset = data.VOC(voc, "train", 32)
-    dataset.masks[3] = torch.where(torch.arange(32) < 5, 0, 255).byte()
-    dataset.masks[1] = 0  # background alone is nothing to remark on
-    data.remark_on_void(dataset, data.require_labels(dataset))
-    said = "at 32x32 1 masks, such as that of train_3, have 0 and 255 alone: void, or an object"
-    assert said in capsys.readouterr().err
-
-
-def test_of_two_vocs_the_one_that_is_taken_is_named(voc, capsys):
-    write_voc(voc / "VOCdevkit" / "VOC2012", {"val": 2})
-    assert len(data.VOC(voc, "val", 32)) == 3
-    said = capsys.readouterr().err
-    assert "VOC2007 is taken" in said and f"--data {voc / 'VOCdevkit/VOC2012'}" in said
-    assert len(data.VOC(voc / "VOCdevkit/VOC2012", "val", 32)) == 2
-
-
-def test_a_split_too_large_for_memory_lies_in_a_file_without_a_name(
-    voc, tmp_path, monkeypatch, capsys
-):
-    kept = data.VOC(voc, "train", 32)
-    assert capsys.readouterr().err == ""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(
-        data, "memory_size", lambda: 2 * 4 * 5 * 4 * 32**2
-    )  # twice as much as needed
-    assert data.VOC(voc, "train", 32) and capsys.readouterr().err == ""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # three processes share it
-    mapped = data.VOC(voc, "train", 32)
-    assert "split train takes 0.00 GiB, too much for memory: it is kept" in capsys.readouterr().err
-    assert torch.equal(mapped.images, kept.images) and torch.equal(mapped.masks, kept.masks)
-    for a, b in zip(mapped[[0, 4, 2]], kept[[0, 4, 2]]):
-        assert torch.equal(a, b)
-    assert list((tmp_path / "temporary").iterdir()) == []
-    monkeypatch.setattr(
-        data.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5 * 4 * 32**2)
-    )
-    with pytest.raises(data.DataError, match="and for .*temporary; give a smaller --size"):
-        data.VOC(voc, "train", 32)
-
-
-@pytest.mark.parametrize("processes, threads", [(1, 6), (2, 3), (8, 1)])
-def test_processes_share_the_cores(voc, monkeypatch, processes, threads):
-    asked = []
-
-    class Pool(data.ThreadPoolExecutor):
-        def __init__(self, count):
-            asked.append(count)
-            super().__init__(count)
-
-    monkeypatch.setattr(data, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(data.os, "cpu_count", lambda: 6)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    data.VOC(voc, "val", 32)
-    assert asked == [threads]
-
-
-@pytest.mark.parametrize(
-    "images, masks, mask",
-    [
-        ("imgs", "masks", "{}_mask.png"),
-        ("imgs", "masks", "{}.png"),
-        ("img", "masks_machine", "{}.jpg.png"),
-        ("images", "masks", "{}.PNG"),
-        ("JPEGImages", "SegmentationClass", "{}.png"),
-    ],
-)
-def test_layouts_of_other_tools(tmp_path, images, masks, mask):
-    bare_folder(tmp_path, ["x.1.jpg", "y.2.jpg"], images, masks, mask)
-    dataset = data.VOC(tmp_path, names=["y.2", "x.1"], size=32)
-    assert [path.name for path in dataset.mask_paths] == [mask.format(n) for n in ("y.2", "x.1")]
-    assert [path.name for path in dataset.image_paths] == ["y.2.jpg", "x.1.jpg"]
-    assert names_by_split(tmp_path)["train"] | names_by_split(tmp_path)["val"] == {"x.1", "y.2"}
-
-
-def test_roboflows_exports(tmp_path, capsys):
-    for folder, names in (("train", "abcd"), ("valid", "ef"), ("test", "g")):
-        files = [f"{name}_jpg.rf.0{name}.jpg" for name in names]
-        bare_folder(tmp_path, files, folder, folder, "{}_mask.png", classes=False)
-        lines = "Pixel Value, Class\n1, cat, black\n0, background\n"
-        (tmp_path / folder / "_classes.csv").write_text(lines)
-    (tmp_path / "train" / "b_jpg.rf.0b_mask.png").unlink()
-    sets = {split: data.VOC(tmp_path, split, 32) for split in ("train", "val", "test")}
-    assert [len(dataset) for dataset in sets.values()] == [4, 2, 1]
-    assert sets["val"].names == ["e_jpg.rf.0e", "f_jpg.rf.0f"]
-    assert sets["train"].classes == ["background", "cat, black"]
-    said = capsys.readouterr().err
-    assert "1 of 4 images, such as b_jpg.rf.0b, have no mask: they are all background" in said
-    assert [mask.max().item() for mask in sets["train"].masks] == [1, 0, 1, 1]
-    assert sets["train"].full_mask(1).shape == (4, 6) and not sets["train"].full_mask(1).any()
-    one = names_by_split(tmp_path / "train")
-    assert one["train"] | one["val"] == set(sets["train"].names) and not one["train"] & one["val"]
-    (tmp_path / "train" / "_classes.csv").write_text("Pixel Value, Class\n0, background\n2, cat\n")
-    with pytest.raises(data.DataError, match="_classes.csv: has 2 lines; it should list"):
-        data.VOC(tmp_path, "train", 32)
-    (tmp_path / "train" / "_classes.csv").write_text("Pixel Value, Class\n0, background\n1, dog\n")
-    with pytest.raises(data.DataError, match="has other classes than .*export them together"):
-        data.VOC(tmp_path, "train", 32)
-    for path in (tmp_path / "valid").glob("*.*g"):
-        path.unlink()
-    (tmp_path / "train" / "_classes.csv").write_text(lines)
-    with pytest.raises(data.DataError, match="valid: has no images; export the data set again"):
-        data.VOC(tmp_path, "val", 32)
-
-
-def test_a_roboflow_list_among_the_images_changes_no_split(tmp_path):
-    bare_folder(tmp_path, [f"{name}.jpg" for name in "abcdef"])
-    before = names_by_split(tmp_path)
-    (tmp_path / "images" / "_classes.csv").write_text("Pixel Value, Class\n0, a\n1, b\n")
-    assert names_by_split(tmp_path) == before
-
-
-def test_cvat_writes_no_mask_for_an_image_that_shows_nothing(tmp_path, capsys):
-    write_folder(tmp_path, "cvat")
-    (tmp_path / "SegmentationClass" / "a3.png").unlink()
-    names = [f"a{i}" for i in range(10)]
-    masks = data.VOC(tmp_path, "train", 32, names).masks
-    assert "1 of 10 images, such as a3, have no mask" in capsys.readouterr().err
-    assert not masks[3].any() and masks.any(2).any(1).sum() == 9
-    with pytest.raises(
-        data.DataError, match="a3.png: does not exist, but is needed .*; nor does a3_m"
-    ):
-        data.VOC(tmp_path, "train", 32, ["a3"])  # where all lack theirs, something else is wrong
-
-
-def test_masks_without_an_image_are_counted(tmp_path, capsys):
-    bare_folder(tmp_path, ["x.jpg", "y.jpg", "z.jpg"])
-    (tmp_path / "images" / "z.jpg").unlink()
-    assert names_by_split(tmp_path)["train"] | names_by_split(tmp_path)["val"] == {"x", "y"}
-    assert capsys.readouterr().err.count("1 masks have no image, such as z.png") == 1
-
-
-def test_masks_that_are_no_png_are_named(tmp_path):
-    bare_folder(tmp_path, ["x.jpg", "y.jpg"])
-    for path in (tmp_path / "masks").iterdir():
-        path.rename(path.with_suffix(".gif"))
-    with pytest.raises(data.DataError, match=r"has .*masks/\*.gif, but .*save masks as PNG"):
-        data.VOC(tmp_path, "train", 32)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{}.jpg",
-        "images/{}.jpg masks/{}.png",
-        "images\\{}.jpg",
-        "/home/me/images/{}.jpg",
-        "./{}",
-        "{} 1",
-    ],
-)
-def test_lists_as_people_write_them(tmp_path, line):
-    decomposed = unicodedata.normalize("NFD", "day1/Gläser 7")
-    names = ["day1/a.0", "day2/a.0", "day1/Gläser 7"]
-    for name in ("day1/a.0", "day2/a.0", decomposed):
-        mask = name.rpartition("/")[0] + "/{}.png"
-        bare_folder(tmp_path, [f"{name}.jpg"], mask=mask)
-    if " " in line:
-        names = names[:2]  # a space in a name leaves open where the second column begins
-    (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
-    text = "".join(line.format(name, name) + "\n" for name in names)
-    (tmp_path / "ImageSets/Segmentation/train.txt").write_text(text, encoding="utf-8")
-    dataset = data.VOC(tmp_path, "train", 32)
-    assert dataset.names == names and len(dataset.images) == len(names)
-    with pytest.raises(data.DataError, match="val.txt: does not exist.* beside it lie train"):
-        data.VOC(tmp_path, "val", 32)
-
-
-def test_hidden_files_are_no_images_and_endings_may_be_capitals(tmp_path):
-    bare_folder(tmp_path, ["x.JPG", "y.jfif", "z.PNG"])
-    for name in ("images/._x.JPG", "images/.DS_Store", "masks/._x.png"):
-        (tmp_path / name).write_bytes(b"\0\5\x16\7")
-    (tmp_path / "images" / ".thumbs").mkdir()
-    Image.new("RGB", (2, 2)).save(tmp_path / "images" / ".thumbs" / "x.png")
-    assert [p.name for p in data.image_files(tmp_path / "images")] == ["x.JPG", "y.jfif", "z.PNG"]
-    names = names_by_split(tmp_path)
-    assert names["train"] | names["val"] == {"x", "y", "z"}
-
-
-def test_two_images_of_one_name_are_refused_where_the_name_is_used(tmp_path):
-    bare_folder(tmp_path, ["x.jpg", "y.jpg"])
-    Image.new("RGB", (6, 4)).save(tmp_path / "images" / "x.png")
-    assert len(data.VOC(tmp_path, names=["y"], size=32)) == 1
-    with pytest.raises(data.DataError, match="images/x.jpg: x.png has its name too"):
-        data.VOC(tmp_path, names=["x"], size=32)
-
-
-def test_colors_decide_where_a_palette_was_put_in_another_order(tmp_path, capsys):
-    truth = write_folder(tmp_path, "cvat")
-    for path in (tmp_path / "SegmentationClass").iterdir():
-        rgb = Image.open(path)
-        palette = rgb.quantize(256)
-        assert np.array_equal(np.array(palette.convert("RGB")), np.array(rgb))
-        palette.save(path)
-    names = list(truth)
-    dataset = data.VOC(tmp_path, "train", 32, names)
-    for index, name in enumerate(names):
-        assert np.array_equal(dataset.full_mask(index), truth[name])
-    assert capsys.readouterr().err.count("palettes are read by their colours") == 1
-
-
-def test_a_palettes_color_without_a_name_is_refused_where_others_have_one(tmp_path):
-    write_folder(tmp_path, "cvat")
-    path = tmp_path / "SegmentationClass" / "a3.png"
-    pixels = np.array(Image.open(path))
-    pixels[0, 0] = 9, 9, 9
-    Image.fromarray(pixels).quantize(256).save(path)
-    with pytest.raises(data.DataError, match=r"a3.png: has 1 pixels in 1 .* \(1 of \(9, 9, 9\)\)"):
-        data.VOC(tmp_path, "train", 32, ["a3"])
-
-
-def test_the_look_over_sees_palettes_that_disagree(tmp_path, capsys):
-    bare_folder(tmp_path, [f"p{i}.jpg" for i in range(6)])
-    for folder, mixed in ((tmp_path, False), (tmp_path, True)):
-        for path in (folder / "masks").iterdir():
-            mask = Image.fromarray(np.array(Image.open(path)))
-            in_val = mixed and path.stem in data.VOC(folder, "val", 32).names
-            mask.putpalette([0, 0, 0, *((0, 250, 0) if in_val else (250, 0, 0))])
-            mask.save(path)
-        assert call(data, "--data", folder, "--size", 32) == 0
-        said = "the masks' palettes disagree on the colour of 1: mixed up?"
-        assert (said in capsys.readouterr().out) == mixed
-
-
-def test_class_lists_of_other_tools(tmp_path):
-    bare_folder(tmp_path, ["x.jpg", "y.jpg"])
-    (tmp_path / "classes.txt").write_text("# mine\n__ignore__\n_background_\n#cat\n")
-    assert data.read_classes(tmp_path)[0] == ["_background_", "#cat"]
-    (tmp_path / "labelmap.txt").write_text("background:0,0,0::\nhead:left:9,8,7:a,b:c\n")
-    classes, palette, colors = data.read_classes(tmp_path)
-    assert classes == ["background", "head:left"] and palette[1] == [9, 8, 7]
-    assert colors == {(0, 0, 0): 0, (9, 8, 7): 1}
-
-
-def test_labels_that_nothing_can_be_learned_from_are_refused(tmp_path):
-    bare_folder(tmp_path, ["x.jpg", "y.jpg"])
-    for values, said in (
-        ([0, 255], r"void \(255\) at 32x32: no object, or one that is marked with 255"),
-        ([255], "no pixel with a la"),
-    ):
-        for path in (tmp_path / "masks").iterdir():
-            Image.fromarray(np.resize(np.array(values, np.uint8), (4, 6))).save(path)
-        for split in ("train", "val"):
-            with pytest.raises(data.DataError, match=said):
-                data.require_labels(data.VOC(tmp_path, split, 32))
-        assert data.main(["--data", str(tmp_path), "--size", "32"]) == 1
-    data.require_labels(data.Shapes("val", 32))
-
-
-# ---------------------------------------------------------------------------------- look-over
-
-
-def look(root, capsys, *flags):
-    """Return (exit status, what is printed) of the script."""
-    status = data.main(["--data", str(root), "--size", "32", *flags])
-    return status, capsys.readouterr().out
-
-
-def test_the_look_over_names_an_image_whose_objects_may_be_void(tmp_path, capsys):
-    bare_folder(tmp_path, [f"n{i}.jpg" for i in range(3)])
-    for split in ("train", "val"):
-        (tmp_path / f"{split}.txt").write_text("n0\nn1\nn2\n")
-    Image.fromarray(np.array([[0, 255]], np.uint8).repeat(4, 0).repeat(3, 1)).save(
-        tmp_path / "masks/n1.png"
-    )
-    status, printed = look(tmp_path, capsys)
-    assert status == 0 and printed.count("1 masks, such as that of n1, have 0 and 255 alone") == 2
-
-
-def test_the_look_over_names_classes_that_vanish_and_what_class_0_is(tmp_path, capsys):
-    names = [f"n{i}.jpg" for i in range(3)]
-    bare_folder(tmp_path, names)
-    for name in names:
-        mask = np.zeros((320, 320), np.uint8)
-        mask[:160], mask[:32, :80] = 1, 255
-        mask[200, 200:203] = 2 if name != "n0.jpg" else 0  # 32 of 320 rows are left: not this one
-        Image.fromarray(mask).save(tmp_path / "masks" / f"{name[:-4]}.png")
-        Image.new("RGB", (320, 320)).save(tmp_path / "images" / name)
-    (tmp_path / "classes.txt").write_text("road\ncat\nwire\ncar\n")
-    (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
-    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("n0\nn1\nn2\n")
-    status, printed = look(tmp_path, capsys, "--splits", "train")
-    assert status == 0 and "nothing that training would refuse" in printed
-    assert "split train, 3 images, at 32x32" in printed
-    rows = {line.partition(" ")[0]: line.split()[1:] for line in printed.splitlines() if line}
-    assert " ".join(rows["wire"]).startswith("0 0.000 vanishes from 2 of 2: a larger --size")
-    # 16 of 32 rows each, cat's less 3 x 8 of void: 488 of 1000 labelled pixels, and 24 of 1024.
-    assert rows["road"] == ["3", "51.200"] and rows["cat"] == ["3", "48.800"]
-    assert rows["car"] == ["0", "0.000"]
-    assert "void: 2.3% of all" in printed
-    assert "class 0 is road; if 0 means background, list background first" in printed
-
-
-def test_the_look_over_survives_data_of_which_nothing_can_be_read(tmp_path, capsys):
-    bare_folder(tmp_path, ["x.jpg", "y.jpg"])
-    for path in (tmp_path / "masks").iterdir():
-        Image.new("LA", (6, 4)).save(path)
-    status, printed = look(tmp_path, capsys)
-    assert status == 1 and "to mend before training (2):" in printed
-    assert "train: " in printed and printed.count("is a mask of kind LA PNG") == 2
-    status, printed = look(tmp_path / "gone", capsys)
-    assert status == 1 and "gone: does not exist" in printed
-
-
-def test_the_look_over_sees_images_that_exif_data_turn(tmp_path, capsys):
-    for root, size, orientation in (
-        ("side", (6, 4), 6),
-        ("head", (6, 4), 3),
-        ("square", (4, 4), 6),
-    ):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        bare_folder(tmp_path / root, ["x.jpg", "y.jpg"])
-        for name in "xy":
-            Image.new("RGB", size).save(tmp_path / root / f"images/{name}.jpg", exif=exif)
-            mask = Image.fromarray(np.resize(np.array([0, 1], np.uint8), size[::-1]))
-            mask.save(tmp_path / root / f"masks/{name}.png")
-        status, printed = look(tmp_path / root, capsys)
-        if root == "side":
-            assert status == 1
-            assert printed.count("is 6x4, but its image, turned upright, is 4x6") == 2
-        else:
-            assert status == 0 and printed.count("EXIF data turn or mirror 1 images, such as ") == 2
-
-
-def test_data_can_be_copied_out_alone():
-    nodes = ast.parse(Path(data.__file__).read_text()).body
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert "torch" in names and not names & {"utils", "models", "matplotlib", "torchvision"}
-
-
-# ---------------------------------------------------------------------------------- download
-
-
-@pytest.fixture
-def archives(tmp_path, monkeypatch):
-    """Two small archives on a server of this machine in the place of VOC's own."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    given = {"2007": {"train": 2, "val": 1}, "2007-test": {"test": 2}, "2012": {"val": 3}}
-    for key, splits in given.items():
-        write_voc(tmp_path / key / "VOCdevkit" / f"VOC{key[:4]}", splits)
-        archive = tmp_path / f"{key}.tar"
-        with tarfile.open(archive, "w") as tar:
-            tar.add(tmp_path / key / "VOCdevkit", "VOCdevkit")
-        monkeypatch.setitem(
-            torchvision_voc.DATASET_YEAR_DICT,
-            key,
-            torchvision_voc.DATASET_YEAR_DICT[key]
-            | {
-                "url": f"http://127.0.0.1:{server.server_port}/{archive.name}",
-                "md5": hashlib.md5(archive.read_bytes()).hexdigest(),
-            },
-        )
-    yield tmp_path
-    server.shutdown()
-    server.server_close()
-
-
-def test_download_fetches_only_what_is_missing(archives, monkeypatch):
-    monkeypatch.chdir(archives)
-    assert len(data.load_dataset("voc2007", "train", 32)) == 2
-    fetched = sorted(path.name for path in (archives / "data").glob("*.tar"))
-    assert fetched == ["VOCtrainval_06-Nov-2007.tar"]
-    (archives / "2007.tar").unlink()  # it is there already, so it is not asked for again
-    (archives / "data" / "VOCtrainval_06-Nov-2007.tar").unlink()
-    assert len(data.load_dataset("voc2007", "val", 32)) == 1
-    assert len(data.load_dataset("voc2007", "test", 32)) == 2
-    val = data.load_dataset("voc2012", "val", 32)
-    assert len(val) == 3 and val.root == (archives / "data/VOCdevkit/VOC2012").resolve()
-    with pytest.raises(data.DataError, match="VOC 2012 has no split 'test'; it has train, val, tr"):
-        data.load_dataset("voc2012", "test", 32)
-
-
-ERROR = r"http://\S+: cannot be downloaded.*save it as data/VOCtrainval\S+ \(md5 [0-9a-f]{32}\)"
-
-
-def test_an_archive_that_is_cut_short_or_a_web_page_is_refused_and_then_repaired(
-    archives, monkeypatch
-):
-    monkeypatch.chdir(archives)
-    archive = archives / "2007.tar"
-    whole = archive.read_bytes()
-    for wrong in (whole[: len(whole) // 2], b"<html>this page has moved</html>"):
-        archive.write_bytes(wrong)
-        with pytest.raises(data.DataError, match=ERROR):
-            data.load_dataset("voc2007", "train", 32)
-        assert not (archives / "data" / "VOCdevkit").exists()
-    archive.write_bytes(whole)
-    assert len(data.load_dataset("voc2007", "train", 32)) == 2
-
-
-def test_unpacking_that_was_interrupted_is_done_again(archives, monkeypatch):
-    monkeypatch.chdir(archives)
-    copy = tarfile.copyfileobj
-    for whole in range(6):  # 3 images and 3 masks; a list, the sign of the end, is written at once
-        left = iter([copy] * whole)
-
-        def interrupted(source, target, *args, left=left, **kwargs):
-            if part := next(left, None):
-                return part(source, target, *args, **kwargs)
-            target.write(source.read(3))
-            raise KeyboardInterrupt
-
-        shutil.rmtree(archives / "data", ignore_errors=True)
-        with monkeypatch.context() as patch:
-            patch.setattr(tarfile, "copyfileobj", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                data.download_voc("data", "2007", "train")
-        assert len(data.load_dataset("voc2007", "train", 32)) == 2
-
-
-def test_processes_that_ask_for_an_archive_in_turn_fetch_it_once(archives, monkeypatch, capsys):
-    monkeypatch.chdir(archives)
-    folders = {data.download_voc("data", "2007", split) for split in ("train", "val", "train")}
-    assert folders == {Path("data/VOCdevkit/VOC2007")}
-    assert capsys.readouterr().err.count("downloading") == 1
-
-
-def test_an_archive_put_there_by_hand_needs_no_host(archives, monkeypatch):
-    monkeypatch.chdir(archives)
-    (archives / "data").mkdir()
-    (archives / "2007.tar").rename(archives / "data" / "VOCtrainval_06-Nov-2007.tar")
-    assert len(data.load_dataset("voc2007", "val", 32)) == 1
-
-
-def test_hosts_that_are_down_silent_or_lack_the_file_are_one_clear_error(archives, monkeypatch):
-    monkeypatch.chdir(archives)
-    (archives / "2007.tar").unlink()
-    with pytest.raises(data.DataError, match=ERROR):  # 404
-        data.load_dataset("voc2007", "train", 32)
-    monkeypatch.setattr(data, "TIMEOUT", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}/2007.tar"
-        entry = torchvision_voc.DATASET_YEAR_DICT["2007"] | {"url": address}
-        monkeypatch.setitem(torchvision_voc.DATASET_YEAR_DICT, "2007", entry)
-        with pytest.raises(data.DataError, match=ERROR):
-            data.load_dataset("voc2007", "train", 32)
-    with pytest.raises(data.DataError, match=ERROR):  # now nobody listens there
-        data.load_dataset("voc2007", "train", 32)
-    assert socket.getdefaulttimeout() is None
-
-
-@pytest.mark.parametrize("python", ["today's", "Debian 12's"])
-@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside-of-the-folder.txt"])
-def test_an_archive_with_paths_outside_the_folder_is_refused(archives, monkeypatch, name, python):
-    monkeypatch.chdir(archives)
-    if python == "Debian 12's":
-        monkeypatch.delattr(tarfile, "data_filter", raising=False)
-    archive = archives / "2007.tar"
-    with tarfile.open(archive, "a") as tar:
-        tar.addfile(tarfile.TarInfo(name))
-    entry = torchvision_voc.DATASET_YEAR_DICT["2007"]
-    entry |= {"md5": hashlib.md5(archive.read_bytes()).hexdigest()}
-    monkeypatch.setitem(torchvision_voc.DATASET_YEAR_DICT, "2007", entry)
-    if name.startswith("/"):  # made relative to the folder, as tar does
-        data.load_dataset("voc2007", "train", 32)
-        assert not Path(name).exists()
-    else:
-        with pytest.raises(data.DataError, match=ERROR):
-            data.load_dataset("voc2007", "train", 32)
-    assert not (archives / "outside.txt").exists()
-
-
-def test_names_that_are_not_utf_8_are_names(tmp_path):
-    write_folder(tmp_path, "plain", count=4)
-    for folder, ending in (("images", ".jpg"), ("masks", ".png")):
-        path = tmp_path / folder / f"a1{ending}"
-        path.rename(tmp_path / folder / os.fsdecode(b"caf\xe9" + ending.encode()))
-    sets = [data.VOC(tmp_path, split, size=32) for split in ("train", "val")]
-    assert sum(len(dataset) for dataset in sets) == 4
-
-
-def test_splits_that_lie_in_folders_or_in_lists_beside_them(tmp_path):
-    names = {"train": ["a", "b", "c"], "val": ["d", "e"]}
-    for part, stems in names.items():
-        bare_folder(tmp_path / "lists", [f"{stem}.jpg" for stem in stems])
-        (tmp_path / f"lists/{part}.txt").write_text("\n".join(stems))
-        files = [f"{part}/{stem}.jpg" for stem in stems]
-        bare_folder(tmp_path / "folders", files, mask=f"{part}/{{}}.png")
-    for part, stems in names.items():
-        assert data.VOC(tmp_path / "lists", part, 32).names == stems
-        found = data.VOC(tmp_path / "folders", part, 32).names
-        assert found == [f"{part}/{stem}" for stem in stems]
-    with pytest.raises(data.DataError, match="trian.txt: does not exist"):
-        data.VOC(tmp_path / "folders", "trian", 32)
-
-
-@pytest.mark.parametrize(
-    "folders",
-    [
-        ("training/", "validation/", "testing/"),
-        ("Train/", "Valid/", "Test/"),
-        ("train_set/", "validate/", "Test-Set/"),
-        ("", "val/", "test/"),
-        ("train/", None, "test/"),
-        ("", None, "testing/"),
-    ],
-)
-def test_folders_of_splits_are_never_mixed(tmp_path, folders):
-    truth = {}
-    for split, folder, stems in zip(("train", "val", "test"), folders, ("abcdef", "gh", "ijk")):
-        truth[split] = {f"{folder}{stem}" for stem in stems} if folder is not None else set()
-        files = [f"{name}.jpg" for name in truth[split]]
-        bare_folder(tmp_path, files, mask=f"{folder or ''}{{}}.png")
-    every = set.union(*truth.values())
-    for listed in (False, True):  # CVAT lists a task's images, whatever folders they are in
-        if listed and not truth["val"]:
-            (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
-            (tmp_path / "ImageSets/Segmentation/default.txt").write_text("\n".join(every))
-        names = {split: set(data.VOC(tmp_path, split, 32).names) for split in truth}
-        assert names["test"] == truth["test"]
-        if truth["val"]:
-            assert names == truth
-        else:  # a part of the rest is for validation
-            assert names["train"] | names["val"] == truth["train"] and names["train"]
-            assert names["val"] and not names["train"] & names["val"]
-    assert set(data.VOC(tmp_path, folders[2].strip("/"), 32).names) == truth["test"]
-
-
-@pytest.mark.parametrize(
-    ("folder", "lists"),
-    [
-        ("", {"test": "defg"}),
-        ("ImageSets/Segmentation/", {"test": "defg"}),
-        ("ImageSets/Segmentation/", {"trainval": "abc", "test": "defg"}),
-        ("ImageSets/Segmentation/", {"Train": "ab", "Validation": "c", "Test": "defg"}),
-    ],
-)
-def test_what_a_test_list_names_is_not_learned_from(tmp_path, folder, lists):
-    bare_folder(tmp_path, [f"{name}.jpg" for name in "abcdefg"])
-    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
-    for name, images in lists.items():
-        (tmp_path / folder / f"{name}.txt").write_text("\n".join(images))
-    found = {split: data.VOC(tmp_path, split, 32).names for split in ("train", "val", "test")}
-    assert found["test"] == list("defg") and sorted(found["train"] + found["val"]) == list("abc")
-    assert found["train"] and found["val"]
-    if "Train" in lists:
-        assert found["train"] == ["a", "b"]
-
-
-def test_a_test_list_beside_a_folder_for_val_is_not_learned_from(tmp_path):
-    bare_folder(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
-    bare_folder(tmp_path, ["val/d.jpg"], mask="val/{}.png")
-    (tmp_path / "test.txt").write_text("c\n")
-    found = [data.VOC(tmp_path, split, 32).names for split in ("train", "val", "test")]
-    assert found == [["a", "b"], ["val/d"], ["c"]]
-
-
-def test_folders_that_are_no_splits_are_named_where_they_are_shared_out(tmp_path, capsys):
-    for part in ("dev", "eval"):
-        bare_folder(tmp_path, [f"{part}/{name}.jpg" for name in "abc"], mask=f"{part}/{{}}.png")
-    sets = [data.VOC(tmp_path, split, 32) for split in ("train", "val")]
-    assert sum(map(len, sets)) == 6 and "of 6 images in dev, eval, by" in capsys.readouterr().err
-
-
-def test_folders_may_be_links(tmp_path):
-    bare_folder(tmp_path / "own", ["a.jpg", "b.jpg"])
-    bare_folder(tmp_path / "other", ["c.jpg", "d.jpg"])
-    for part in ("images", "masks"):
-        (tmp_path / "own" / part / "more").symlink_to(tmp_path / "other" / part)
-    train, val = (data.VOC(tmp_path / "own", split, 32).names for split in ("train", "val"))
-    assert sorted(train + val) == ["a", "b", "more/c", "more/d"]
-
-
-def test_a_mask_is_turned_as_its_own_exif_data_say(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    pixels = np.array([[0, 1], [2, 255]], np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(np.array(data.load_mask(tmp_path / "turned.png", 3)), pixels[::-1, ::-1])
-
-
-def test_photos_may_be_called_like_splits(tmp_path):
-    bare_folder(tmp_path, [f"{name}.jpg" for name in ("train", "val", "a", "b", "c")])
-    assert sum(len(data.VOC(tmp_path, split, 32)) for split in ("train", "val")) == 5
-
-
-def test_the_look_over_counts_an_image_that_is_listed_twice_in_one_split_once(tmp_path, capsys):
-    bare_folder(tmp_path, ["a.jpg", "b.jpg"])
-    (tmp_path / "train.txt").write_text("a\na\n")
-    (tmp_path / "val.txt").write_text("b\n")
-    assert data.main(["--data", str(tmp_path), "--size", "32"]) == 0
-    assert "0 images are in more than one of these splits" in capsys.readouterr().out
+def test_shapes_are_drawn_at_one_size_and_resized():
+    """Drawing pictures of 448 pixels would take minutes."""
+    large, small = data.Shapes("val", 96), data.Shapes("val", 40)
+    assert large.images.shape == (100, 3, 96, 96)
+    for index in (0, 57):
+        image = Image.fromarray(large.images[index].permute(1, 2, 0).numpy())
+        image = np.array(image.resize((40, 40), Image.Resampling.BILINEAR))
+        assert np.array_equal(small.images[index].permute(1, 2, 0), image)
+        mask = Image.fromarray(large.masks[index].numpy())
+        mask = np.array(mask.resize((40, 40), Image.Resampling.NEAREST))
+        assert np.array_equal(small.full_mask(index), mask)
+    with pytest.raises(data.DataError, match="shapes: has no split all; choose from train, val,"):
+        data.load_dataset("shapes", "all", 32)

@@ -1,6 +1,5 @@
 """evaluate.py on tiny data sets, by networks whose predictions are known or counted by numpy."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_VOC, REPOSITORY, call, check, run_script
+from conftest import REAL_VOC, REPOSITORY, call, check, read_scores, run_script
 from PIL import Image
 from torch import nn
 
@@ -84,10 +83,6 @@ def write_run(path, root, model="colors", classes=CLASSES, names=True, seed=0, *
     if names:
         checkpoint["images"] = {"train": list(TRAIN), "val": list(VAL)}
     utils.save_checkpoint(path, checkpoint)
-
-
-def read_scores(folder):
-    return json.loads(Path(folder, "metrics.json").read_text())
 
 
 # ----------------------------------------------------------------------------------- the scores
@@ -233,20 +228,28 @@ def test_voc_2012_has_the_images_of_voc_2007_under_other_names(colors, capsys):
     assert "was trained on 1 of these 3 images" in capsys.readouterr().out
 
 
-def test_images_that_are_added_later_do_not_change_the_runs_score(colors, capsys):
+def test_a_list_that_has_changed_is_scored_as_it_is_now(colors, capsys):
     root = write_data(Path("own"), train=TRAIN, val=VAL)
     write_run(Path("run/best.pt"), root)
     call(evaluate, "run")
-    before = read_scores("run/scores/val")
+    assert read_scores("run/scores/val")["images_trained_on"] == 0
+    capsys.readouterr()
     write_data(root, val={"v0": ("red", 0), "t1": ("lime", 1), "new": ("lime", 0)})
     call(evaluate, "run")
-    assert read_scores("run/scores/val")["iou"] == before["iou"]
-    # Asked for, the data as it is now: of its three images, red and green, one was trained on.
-    capsys.readouterr()
-    call(evaluate, "run", "--data", root, "--out", "now")
-    assert read_scores("now")["iou"] == {"background": 0.5, "green": 0.5, "blue": None}
-    assert read_scores("now")["images_trained_on"] == 1
+    # Of its three images, red and green, one was trained on.
+    scores = read_scores("run/scores/val")
+    assert scores["iou"] == {"background": 0.5, "green": 0.5, "blue": None}
+    assert scores["images_trained_on"] == 1
     assert "was trained on 1 of these 3 images" in capsys.readouterr().out
+
+
+def test_the_split_all_is_every_image(colors):
+    root = write_data(Path("own"), train=TRAIN, val=VAL, test=TEST)
+    write_run(Path("run/best.pt"), root)
+    call(evaluate, "run", "--split", "all", "--out", "scores")
+    scores = read_scores("scores")
+    assert scores["images"] == 7 and scores["images_trained_on"] == 2
+    assert scores["iou"] == {"background": 1, "green": 2 / 3, "blue": 0.5}
 
 
 def test_a_run_is_scored_on_its_own_data_from_any_folder(colors, monkeypatch):

@@ -1,5 +1,6 @@
-"""models.py against the paper's tables, ERFNet's published layout and torchvision's ResNet34."""
+"""models.py and tools/layers.py against the paper's tables, ERFNet's published layout and torchvision's ResNet34."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from torchvision.models import resnet34
 
 import models
 import utils
+from tools import layers
 
 
 def conv(n_in, n_out, kernel_height, kernel_width=None):
@@ -283,26 +285,41 @@ def test_resnet34_maps_are_torchvisions():
 # ----------------------------------------------------------------------------------- layer tables
 
 
-def test_layer_table_of_darrennet_is_table_1(tmp_path, capsys):
-    rows = models.layer_table(models.build_model("darrennet"), 224)
-    first = {"layer": "encoder.initial_block.conv", "in": 3, "out": 13, "kernel": "3x3"}
+def printed_table(text):
+    """Return the rows of a table that tools/layers.py prints, as dictionaries of strings."""
+    head, *rows = (re.split(r"  +", line.replace(",", "")) for line in text.splitlines())
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_layer_table_of_darrennet_is_table_1(tmp_path):
+    printed = check(run_script("tools/layers.py", "darrennet", cwd=tmp_path))
+    layers_printed, sums = printed.split("\n\n")
+    rows = printed_table(layers_printed)
+    first = {"layer": "encoder.initial_block.conv", "in": "3", "out": "13", "kernel": "3x3"}
     first |= {"stride": "2x2", "padding": "1x1", "dilation": "1x1", "output": "112x112"}
-    first |= {"parameters": 3 * 13 * 9 + 13, "multiply_adds": 3 * 13 * 9 * 112 * 112}
+    first |= {"parameters": str(3 * 13 * 9 + 13), "multiply_adds": str(3 * 13 * 9 * 112 * 112)}
     assert rows[0] == first
     deepest = next(row for row in rows if row["layer"] == "encoder.layers.10.conv1x3_2")
     assert deepest["dilation"] == "1x16" and deepest["padding"] == "0x16"
     assert deepest["output"] == "28x28"
     # A transposed convolution uses each weight once for every pixel of its input.
-    assert rows[-1]["output"] == "224x224" and rows[-1]["multiply_adds"] == 16 * 21 * 4 * 112 * 112
+    assert rows[-1]["output"] == "224x224"
+    assert rows[-1]["multiply_adds"] == str(16 * 21 * 4 * 112 * 112)
+    (total,) = printed_table(sums)
+    assert total["model"] == "darrennet" and total["parameters"] == "2064321"
+    multiply_adds = sum(int(row["multiply_adds"]) for row in rows)
+    assert total["multiply-adds at 224x224"] == str(multiply_adds)
 
-    printed = check(run_script("models.py", "darrennet", cwd=tmp_path))
-    assert "encoder.layers.10.conv1x3_2" in printed and "2,064,321" in printed
-    call(models)
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(models.MODELS)
+
+def test_without_a_name_each_network_has_a_line(capsys):
+    call(layers)
+    rows = printed_table(capsys.readouterr().out)
+    assert [row["model"] for row in rows] == list(models.MODELS)
+    assert rows[0]["parameters"] == str(fcn_parameters(21))
 
 
 def test_multiply_adds_of_resnet34_are_those_torchvision_states():
-    rows = models.layer_table(models.ResNet34Encoder(pretrained=False), 224)
+    rows = layers.layer_table(models.ResNet34Encoder(pretrained=False), 224)
     from torchvision.models import ResNet34_Weights
 
     stated = ResNet34_Weights.IMAGENET1K_V1.meta["_ops"]  # in 10^9, with the classifier

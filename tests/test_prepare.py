@@ -1,0 +1,420 @@
+"""tools/prepare.py: every export comes out as the pictures that were drawn, or in one line."""
+
+import base64
+import io
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import data
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import prepare
+
+W, H = 48, 32
+NAMES = ["a b", "c", "é", "d", "e", "f"]  # a space and an accent, as people have them
+SPLIT = dict(zip(NAMES, ("train", "train", "train", "val", "val", "test")))
+COLORS = np.array([(0, 0, 0), (250, 0, 90), (10, 200, 0)], np.uint8)
+CLASSES = ["background", "disc", "box"]
+
+
+def picture(seed):
+    """Return an image, its mask (0, a disc of 1, a box of 2), and the outlines (class, points)."""
+    rng = np.random.default_rng(seed)
+    mask, outlines = Image.new("L", (W, H)), []
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    for label, left in ((1, 2), (2, 26)):
+        x, y, r = left + 9 + int(rng.integers(-1, 2)), int(rng.integers(10, 22)), 7
+        points = [(x + r * np.cos(a), y + r * np.sin(a)) for a in angles]
+        if label == 2:
+            points = [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
+        ImageDraw.Draw(mask).polygon(points, fill=label)
+        outlines.append((CLASSES[label], [(float(x), float(y)) for x, y in points]))
+    mask, noise = np.array(mask), rng.integers(0, 40, (H, W, 3)).astype(np.uint8)
+    image = Image.fromarray(noise + np.array([90, 180, 20], np.uint8)[mask][..., None])
+    return image, mask, outlines
+
+
+PICTURES = {name: picture(i) for i, name in enumerate(NAMES)}
+ALL = [(name, *parts) for name, parts in PICTURES.items()]
+
+
+def put(path, content, **options):
+    """Write a text, an array, an image, or an object as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif isinstance(content, (dict, list)):
+        path.write_text(json.dumps(content), encoding="utf-8")
+    else:
+        image = Image.fromarray(content) if isinstance(content, np.ndarray) else content
+        image.save(path, **options)
+
+
+def runs(mask):
+    """Return the lengths of zeros and ones in turn, column by column, as COCO counts them."""
+    flat = np.concatenate([[0], mask.T.ravel(), [0]])
+    edges = np.flatnonzero(np.diff(flat))
+    return np.diff(np.concatenate([[0], edges, [mask.size]])).tolist()
+
+
+def compress(counts):
+    """Return run lengths as COCO's string, from the description in its maskApi."""
+    text = ""
+    for i, count in enumerate(counts):
+        number = count - counts[i - 2] if i > 2 else count
+        more = True
+        while more:
+            bits, number = number & 31, number >> 5
+            more = number != (-1 if bits & 16 else 0)
+            text += chr(48 + bits + 32 * more)
+    return text
+
+
+def labelme_apart(root):
+    for name, image, mask, outlines in ALL:
+        put(root / f"photos/{SPLIT[name]}/{name}.jpg", image, quality=95)
+        (disc, points), (box, corners) = outlines
+        (x0, y0), _, (x1, y1), _ = corners
+        png = io.BytesIO()
+        Image.fromarray(mask[int(y0) : int(y1) + 1, int(x0) : int(x1) + 1] == 2).save(png, "PNG")
+        shapes = [
+            {"label": disc, "points": points, "shape_type": "polygon"},
+            {"label": box, "points": [corners[0], corners[2]], "shape_type": "rectangle"},
+        ]
+        if SPLIT[name] == "val":
+            code = base64.b64encode(png.getvalue()).decode()
+            shapes[1] |= {"shape_type": "mask", "mask": code}
+        content = {"imagePath": f"..\\..\\old\\{name}.jpg", "imageData": None, "shapes": shapes}
+        put(root / f"json/{SPLIT[name]}/{name}.json", content)
+    return CLASSES
+
+
+def coco(root, compressed, where, first):
+    """Write COCO's images, and yield (split, JSON) of each; first: the id of the first category."""
+    for split in ("train", "val", "test"):
+        images, annotations = [], []
+        for i, name in enumerate(name for name in NAMES if SPLIT[name] == split):
+            image, mask, outlines = PICTURES[name]
+            put(root / where.format(split=split) / f"{name}.jpg", image, quality=95)
+            images.append({"id": i, "file_name": f"{name}.jpg", "width": W, "height": H})
+            for label, (_, points) in enumerate(outlines):
+                shape = [[v for point in points for v in point]]
+                if compressed:
+                    shape = {"size": [H, W], "counts": compress(runs(mask == label + 1))}
+                known = {"id": len(annotations), "image_id": i, "category_id": first + label}
+                annotations.append(known | {"segmentation": shape, "area": 9, "iscrowd": 0})
+        kinds = [{"id": first + i, "name": CLASSES[i + 1], "supercategory": "x"} for i in (0, 1)]
+        yield split, {"images": images, "annotations": annotations, "categories": kinds}
+
+
+def coco_2017(root):
+    for split, content in coco(root / "images", True, "{split}2017", 7):
+        put(root / f"annotations/instances_{split}2017.json", content)
+        put(root / f"annotations/captions_{split}2017.json", {"images": [], "annotations": []})
+    return CLASSES
+
+
+def coco_roboflow(root):
+    for split, content in coco(root, False, "{split}", 1):
+        folder = root / split.replace("val", "valid")
+        (root / split).rename(folder)
+        content["categories"].insert(0, {"id": 0, "name": "x", "supercategory": "none"})
+        put(folder / "_annotations.coco.json", content)
+    return CLASSES
+
+
+def yolo(root, yaml, image="{split}/images", label="{split}/labels"):
+    for name, image_, _, outlines in ALL:
+        put(root / image.format(split=SPLIT[name]) / f"{name}.jpg", image_, quality=95)
+        lines = [
+            " ".join([str(i), *(f"{x / W:.7f} {y / H:.7f}" for x, y in points)])
+            for i, (_, points) in enumerate(outlines)
+        ]
+        put(root / label.format(split=SPLIT[name]) / f"{name}.txt", "\n".join(lines))
+    put(root / "data.yaml", yaml)
+
+
+def yolo_list(root):
+    names = """names: ['the "disc"', "a, box"]  # two"""
+    yolo(root, f"# mine\nnc: 2\n{names}\ntrain: ../train/images\n")
+    return ["background", 'the "disc"', "a, box"]
+
+
+def yolo_lines(root):
+    yaml = "path: .\nnames:\n  0: disc # round\n  1: box\nval: x\n"
+    yolo(root, yaml, "images/{split}", "labels/{split}")
+    return CLASSES
+
+
+def cvat(root):
+    for name, image, mask, outlines in ALL:
+        put(root / f"JPEGImages/day/{name}.png", image)
+        if name != "c":
+            put(root / f"SegmentationClass/day/{name}.png", COLORS[mask])
+    labels = "part:disc:250,0,90::\nbox:10,200,0::\nbackground:0,0,0::\n"
+    put(root / "labelmap.txt", "# label:color_rgb:parts:actions\n" + labels)
+    for split, file in (("train", "Train"), ("val", "Validation")):
+        names = "".join(f"day/{name}\n" for name in NAMES if SPLIT[name] == split)
+        put(root / f"ImageSets/Segmentation/{file}.txt", names)
+    return ["background", "part:disc", "box"]
+
+
+def camvid_colors(root):
+    for name, image, mask, outlines in ALL:
+        put(root / f"701_StillsRaw_full/{name}.png", image)
+        put(root / f"LabeledApproved_full/{name}_L.png", COLORS[mask])
+    put(root / "label_colors.txt", "250 0 90\t\tdisc\n10 200 0\tbox\n0 0 0\t\tVoid\n")
+    return ["Void", "disc", "box"]
+
+
+def ade(root):
+    for name, image, mask, outlines in ALL:
+        part = {"train": "training", "val": "validation", "test": "testing"}[SPLIT[name]]
+        put(root / f"images/{part}/{name}.jpg", image, quality=95)
+        put(root / f"annotations/{part}/{name}.png", mask + 1)
+    names = enumerate(["wall", "disc, plate", "box"], 1)
+    rows = "".join(f"{i}\t0.1\t1\t1\t0\t{name}\n" for i, name in names)
+    put(root / "objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tStuff\tName\n" + rows)
+    return ["wall", "disc, plate", "box"]
+
+
+def supervisely(root, drawn=False):
+    for name, image, mask, outlines in ALL:
+        folder = root / ("ds0" if SPLIT[name] == "train" else "ds1")
+        put(folder / f"img/{name}.jpg", image, quality=95)
+        if not drawn:
+            put(folder / f"masks_machine/{name}.png", mask)
+            put(folder / f"masks_human/{name}.png", COLORS[mask])
+            continue
+        png = io.BytesIO()
+        Image.fromarray(mask == 1).save(png, "PNG")
+        code = base64.b64encode(zlib.compress(png.getvalue())).decode()
+        disc = {"geometryType": "bitmap", "bitmap": {"data": code, "origin": [0, 0]}}
+        points = {"exterior": outlines[1][1], "interior": []}
+        box = {"geometryType": "polygon", "points": points}
+        objects = [{"classTitle": "disc", **disc}, {"classTitle": "box", **box}]
+        content = {"size": {"height": H, "width": W}, "objects": objects}
+        put(folder / f"ann/{name}.jpg.json", content)
+    put(root / "meta.json", {"classes": [{"title": "disc"}, {"title": "box"}]})
+    return CLASSES
+
+
+def supervisely_json(root):
+    return supervisely(root, drawn=True)
+
+
+def city_train_ids(root):
+    for name, image, mask, outlines in ALL:
+        place = f"{SPLIT[name]}/ulm/{name}"
+        put(root / f"leftImg8bit/{place}_leftImg8bit.png", image)
+        put(root / f"gtFine/{place}_gtFine_labelTrainIds.png", mask)
+        put(root / f"gtFine/{place}_gtFine_color.png", COLORS[mask])
+    return ["road", "sidewalk", "building"]
+
+
+def two_columns(root):
+    for name, image, mask, outlines in ALL:
+        put(root / f"JPEGImages/{name}.jpg", image, quality=95)
+        put(root / f"SegmentationClass/{name}.png", np.zeros_like(mask))
+        put(root / f"SegmentationClassAug/{name}.png", mask)
+    put(root / "classes.txt", "\n".join(CLASSES))
+    for split in ("train", "val", "test"):
+        names = [name for name in NAMES if SPLIT[name] == split]
+        lines = [f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png\n" for n in names]
+        put(root / f"ImageSets/Segmentation/{split}.txt", "".join(lines))
+    return CLASSES
+
+
+def palettes(root):
+    """Roboflow's masks beside images, some of them palettes and one 16-bit."""
+    kinds = [lambda m: m, lambda m: m.astype(np.uint16), lambda m: np.stack([m] * 3, 2)]
+    for i, (name, (image, mask, _)) in enumerate(PICTURES.items()):
+        folder = root / SPLIT[name].replace("val", "valid")
+        put(folder / f"{name}.jpg", image, quality=95)
+        put(folder / f"{name}_mask.png", kinds[i % 3](mask))
+        put(folder / "_classes.csv", "Pixel Value, Class\n0, background\n1, disc\n2, box\n")
+    return CLASSES
+
+
+EXPORTS = [
+    labelme_apart, coco_2017, coco_roboflow, yolo_list, yolo_lines, cvat, camvid_colors, ade,
+    supervisely, supervisely_json, city_train_ids, two_columns, palettes,
+]  # fmt: skip
+WITHOUT_SPLIT = (camvid_colors, supervisely, supervisely_json)
+
+
+@pytest.mark.parametrize("write", EXPORTS, ids=lambda write: write.__name__)
+def test_export(write, tmp_path, capsys):
+    classes = write(tmp_path / "export")
+    before = sorted(tmp_path.rglob("*"))
+    assert prepare.main([str(tmp_path / "export")]) == 1  # train.py does not read it
+    assert sorted(tmp_path.rglob("*")) == before
+    assert prepare.main([str(tmp_path / "export"), str(tmp_path / "new")]) == 0, capsys.readouterr()
+    root = tmp_path / "new"
+    names = data.read_classes(root)
+    image_folder, mask_folder = data.find_folders(root)
+    images = data.files_by_name(image_folder, data.IMAGE_SUFFIXES)
+    masks = data.files_by_name(mask_folder, {".png"})
+    assert images.keys() == masks.keys() and len(images) == 6
+    for name, (image, truth, _) in PICTURES.items():
+        (found,) = (each for each in images if name in each.replace("_leftImg8bit", "").split("_"))
+        mask = data.load_mask(masks[found], len(names))
+        assert Image.open(masks[found]).mode == "P"
+        want = np.array([names.index(each) for each in classes])[truth]
+        want = np.zeros_like(want) if write is cvat and name == "c" else want
+        assert (np.asarray(mask) == want).mean() > 0.985
+        assert np.allclose(data.load_image(images[found]), image, atol=60)
+    assert (root / "train.txt").exists() != (write in WITHOUT_SPLIT)
+    for split in ("train", "val") if write not in WITHOUT_SPLIT else ():
+        wanted = sum(SPLIT[name] == split for name in NAMES)
+        assert len(data.split_names(root, split, images, masks)) == wanted
+
+
+LIST = "background\ndisc\nbox\n"
+
+
+def write_plain(root, change=lambda mask: mask, classes=LIST, ends=("", ".png"), **kind):
+    for name, image, mask, _ in ALL:
+        put(root / f"images/{name}.jpg", image, quality=95)
+        put(root / f"masks/{name}{ends[0]}{ends[1]}", change(mask), **kind)
+    if classes:
+        put(root / "classes.txt", classes)
+    return root
+
+
+BINARY = {  # as ISIC, Carvana, Kvasir and DRIVE have them
+    "isic": {"change": lambda m: (m == 1) * np.uint8(255), "ends": ("_segmentation", ".png")},
+    "carvana": {"change": lambda m: Image.fromarray(m == 1), "ends": ("_mask", ".gif")},
+    "kvasir": {
+        "change": lambda m: np.stack([(m == 1) * np.uint8(255)] * 3, 2),
+        "ends": ("", ".jpg"),
+        "quality": 95,
+    },
+    "drive": {"change": lambda m: (m == 1) * np.uint8(255), "ends": ("_manual1", ".gif")},
+}
+
+
+@pytest.mark.parametrize("kind", BINARY)
+def test_masks_of_two_values(kind, tmp_path, capsys):
+    root = write_plain(tmp_path / "in", classes="", **BINARY[kind])
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0, capsys.readouterr()
+    for name, (_, truth, _) in PICTURES.items():
+        mask = np.asarray(Image.open(tmp_path / f"new/masks/{name}.png"))
+        assert (mask == (truth == 1)).mean() > 0.985
+    assert data.read_classes(tmp_path / "new")[0] == "background"
+
+
+def test_void(tmp_path, capsys):
+    root = write_plain(tmp_path / "in", classes="void\ndisc\nbox")
+    assert prepare.main([str(root)]) == 0
+    assert "--void 0" in capsys.readouterr().out
+    assert prepare.main([str(root), str(tmp_path / "new"), "--void", "0"]) == 0
+    assert data.read_classes(tmp_path / "new") == ["disc", "box"]
+    mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
+    assert (mask == np.array([255, 0, 1])[PICTURES["c"][1]]).all()
+
+
+def test_white(tmp_path, capsys):
+    for name, (image, _, _) in PICTURES.items():
+        gray = np.asarray(image.convert("L")).astype(np.uint16) * 16
+        put(tmp_path / f"in/{name}.png", gray)
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "none")]) == 2
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new"), "--white", "4080"]) == 0
+    for name, (image, _, _) in PICTURES.items():
+        made = data.load_image(tmp_path / f"new/{name}.png").convert("L")
+        assert np.abs(np.asarray(made, int) - np.asarray(image.convert("L"), int)).max() <= 1
+
+
+def test_exif_turns_the_mask_too(tmp_path):
+    root, exif = write_plain(tmp_path / "in"), Image.Exif()
+    exif[0x0112] = 6
+    for name, (image, _, _) in PICTURES.items():
+        image.save(root / f"images/{name}.jpg", exif=exif)
+    assert prepare.main([str(root)]) == 1
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0
+    mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
+    assert (mask == np.rot90(PICTURES["c"][1], -1)).all()
+
+
+def test_frames_and_what_vanishes(tmp_path, capsys):
+    for i in range(20):  # a bright bar that wanders, and a class of one pixel
+        image, mask = np.zeros((96, 96, 3), np.uint8), np.zeros((96, 96), np.uint8)
+        image[:, 4 * i : 4 * i + 12], mask[:, 4 * i : 4 * i + 12], mask[0, 0] = 255, 1, 2
+        put(tmp_path / f"in/images/f{i:03}.png", image)
+        put(tmp_path / f"in/masks/f{i:03}.png", mask)
+    put(tmp_path / "in/classes.txt", "background\nbar\ndot")
+    assert prepare.main([str(tmp_path / "in"), "--size", "32"]) == 0
+    printed = capsys.readouterr().out
+    assert "video" in printed and "vanishes from" in printed
+
+
+def refused(root, capsys, *wanted):
+    """Check that a folder is refused in one line that has some words, and leaves nothing."""
+    new = root.parent / "new"
+    assert prepare.main([str(root), str(new)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prepare.py: error: ") and error.count("\n") == 1 and len(error) < 301
+    assert all(word in error for word in wanted), error
+    assert not new.exists() and not [p for p in root.parent.iterdir() if p.name[0] == "."]
+
+
+def test_refusals(tmp_path, capsys):
+    colored = write_plain(tmp_path / "1/in", lambda mask: COLORS[mask], "")
+    refused(colored, capsys, "(250, 0, 90)", "class_dict.csv")
+    blurred = write_plain(tmp_path / "2/in", lambda mask: mask * 60, ends=("", ".jpg"))
+    refused(blurred, capsys, "PNG")
+    twice = write_plain(tmp_path / "3/in")
+    put(twice / "images/c.png", PICTURES["c"][0])
+    refused(twice, capsys, "c.jpg", "c.png")
+    boxes = tmp_path / "4/in"
+    yolo(boxes, "names: [disc, box]")
+    put(boxes / "train/labels/c.txt", "0 .5 .5 .2 .2\n")
+    refused(boxes, capsys, "c.txt", "boxes")
+    small = write_plain(tmp_path / "5/in", lambda mask: mask[1:])
+    put(small / "masks/c.png", PICTURES["c"][1][:, 1:])
+    refused(small, capsys, "6 of 6")
+    same = write_plain(tmp_path / "6/in")
+    for folder in ("images/a/b_c.jpg", "images/a_b/c.jpg", "masks/a/b_c.png", "masks/a_b/c.png"):
+        put(same / folder, PICTURES["c"][folder[0] == "m"])
+    refused(same, capsys, "would be called like")
+    ignored = write_plain(tmp_path / "7/in", classes="__ignore__\ndisc\nbox\nrare")
+    refused(ignored, capsys, "__ignore__")
+    xml = tmp_path / "8/in"
+    put(xml / "JPEGImages/c.jpg", PICTURES["c"][0])
+    put(xml / "Annotations/c.xml", "<annotation/>")
+    refused(xml, capsys, "boxes")
+
+
+def test_new_must_be_new_and_elsewhere(tmp_path, capsys):
+    root = write_plain(tmp_path / "in")
+    for new in (root, root / "new", tmp_path):
+        assert prepare.main([str(root), str(new)]) == 2
+    assert len(list(root.iterdir())) == 3
+    assert prepare.main([str(tmp_path / "absent")]) == 2
+
+
+def test_nothing_is_left_by_an_interruption(tmp_path, monkeypatch):
+    root = write_plain(tmp_path / "in")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.main([str(root), str(tmp_path / "new")])
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_findings_are_printed_where_every_mask_is_wrong(tmp_path, capsys):
+    root = write_plain(tmp_path / "in", lambda mask: np.stack([mask] * 3, 2))
+    assert prepare.main([str(root)]) == 1
+    printed = capsys.readouterr().out
+    assert "train: " in printed and "to mend before training (6)" in printed
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0

@@ -1,0 +1,358 @@
+"""Look a folder of images and masks over, or make a plain one of any tool's export.
+
+    python tools/prepare.py SOURCE                     what training refuses, what one should know
+    python tools/prepare.py SOURCE NEW                 a plain folder, for train.py --data NEW
+    python tools/prepare.py SOURCE NEW --void 0        the masks' value 0 is no class, but void
+    python tools/prepare.py SCANS NEW --white 4095     images of more than 8 bits, or these alone
+
+NEW gets images/ (linked, else copied), masks/ (palette PNGs of classes, 255 for void), classes.txt
+and the export's own split as lists; SOURCE is left as it is. What is chosen is printed: look at it,
+mend SOURCE, delete NEW, run it again. The exit status is 0 where train.py takes the folder, 1 where
+it does not, 2 where nothing could be done.
+
+formats.py says what a folder holds. Reading, checking and writing are the same for all formats;
+then the new folder is looked over.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from formats import (
+    BACKGROUNDS,
+    FORMATS,
+    Folder,
+    Item,
+    divide,
+    draw,
+    find_pairs,
+    named_like,
+    read_values,
+    settle,
+    understand,
+)
+
+import data
+from data import VOID, DataError
+
+PALETTE = np.array(data.color_map(256), np.uint8).tobytes()  # of the masks that are written
+RGB_WEIGHTS = np.array([65536, 256, 1], np.int32)  # make one number of a colour
+TURNS = {5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF's orientations
+
+
+def open_export(folder, void):
+    """Return the Export of a folder, with everything filled in. Raises DataError."""
+    for read in FORMATS:
+        export = read(folder)
+        if export:
+            break
+    else:
+        some = ", ".join(sorted({str(p.relative_to(folder.root)) for p in folder.files})[:4])
+        how = "put a.jpg into images/ and its mask a.png into masks/, and write classes.txt"
+        how = "decode run lengths (Kaggle) into masks/NAME.png" if folder.named(r".*\.csv") else how
+        how = "boxes are no outlines: draw these in labelme" if folder.named(r".*\.xml") else how
+        raise DataError(folder.root, f"has no known masks or outlines, but {some}", how)
+    print(f"{folder.root}: {read.__doc__.split(':')[0].split(',')[0]}; classes: {export.where}")
+    if export.items is None:
+        find_pairs(folder, export)
+    settle(folder, export.items)
+    paths = [item.mask for item in export.items if isinstance(item.mask, Path)]
+    if paths:
+        counts = each(lambda path: read_values(path, export.table)[1], paths, "reading")
+        counts = [found for found in counts if not isinstance(found, DataError)]
+        understand(folder, export, sum(counts, Counter()), paths)
+    else:
+        export.table = {i: i for i in range(len(export.names))}  # for --void
+        export.table |= {name: i for i, name in enumerate(export.names)}
+        export.table |= {"__ignore__": VOID, "_background_": 0}
+    if void is not None:  # classes after it move up
+        label, export.table[void] = export.table.get(void, VOID), VOID
+        gone = "no class" if label == VOID else export.names.pop(label)
+        for key, old in export.table.items() if label != VOID else ():
+            export.table[key] = VOID if old in (label, VOID) else old - (old > label)
+        print(f"the value {void} ({gone}) is void; classes from 0: {', '.join(export.names[:5])}")
+    names = export.names
+    if not 2 <= len({*names}) == len(names) <= VOID:  # as `data.read_classes` will say, but early
+        what = f"has {len(names)} classes ({', '.join(names[:3])} ...)"
+        raise DataError(folder.root, what, f"2 to {VOID} different ones are needed")
+    return export
+
+
+def each(function, items, what):
+    """Return [function(item), ...], worked out by all cores; a DataError stands for a result."""
+
+    def guarded(item):
+        try:
+            return function(item)
+        except DataError as error:
+            return error
+
+    shown, results, terminal = time.monotonic(), [], sys.stderr.isatty()
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for result in pool.map(guarded, items):
+            results.append(result)
+            if time.monotonic() - shown > (0.2 if terminal else 30):
+                shown, end = time.monotonic(), "\r" if terminal else "\n"
+                print(f"{what} {len(results)}/{len(items)}", end=end, file=sys.stderr, flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # without those that wait, by Ctrl-C
+    return results
+
+
+def open_image(path, white=None, decode=False):
+    """Return (picture or None, (width, height) upright, EXIF's orientation, number of frames).
+
+    The picture is there where the file will not do for data.py; with `white`, scaled to 8 bits.
+    """
+    with data.blame(path, "give another file"), Image.open(path) as file:
+        turn, size, is_jpeg = (
+            file.getexif().get(0x0112, 1),
+            file.size,
+            file.format in ("JPEG", "MPO"),
+        )
+        frames = 1 if is_jpeg else getattr(file, "n_frames", 1)
+        try:  # a JPEG has 8 bits, and is linked without a look at its pixels
+            picture = data.load_image(path) if decode or not is_jpeg else None
+            picture = None if path.suffix.lower() in data.IMAGE_SUFFIXES else picture
+        except DataError:
+            if not white:
+                raise
+            values = np.asarray(ImageOps.exif_transpose(file), dtype=np.float64)
+            if file.mode[0] not in "IF":  # of 16-bit colours Pillow gives the upper half
+                values = 256 * values[..., :3] + lower_half(path)[..., :3]
+            values = np.nan_to_num(values * (255 / white)).clip(0, 255).round()
+            picture = Image.fromarray(values.astype(np.uint8))
+    return picture, size[::-1] if turn in TURNS else size, turn, frames
+
+
+def lower_half(path):
+    """Return the lower bytes of a file's 16-bit colours: it is read in the other order of bytes."""
+    with Image.open(path) as file:
+        for index, tile in enumerate(file.tile):
+            mode, *rest = [tile.args] if isinstance(tile.args, str) else tile.args
+            mode = mode[:-1] + ("L" if mode[-1] == "B" else "B")
+            file.tile[index] = tile._replace(args=(mode, *rest) if rest else mode)
+        return np.asarray(ImageOps.exif_transpose(file))
+
+
+def take(item, export, white, out, link):
+    """Write an item's image and mask into a folder; return whether the mask had to be turned."""
+    picture, size, turn, _ = open_image(item.image, white)
+    turned, images = False, out / "images" if export else out
+    if export:
+        where, mask = item.image, None
+        if isinstance(item.mask, Path):
+            where, (values, found) = item.mask, read_values(item.mask, export.table)
+            pixels = values if values.ndim == 2 else values.astype(np.int32) @ RGB_WEIGHTS
+            labels = np.full(pixels.shape, VOID, np.uint8)
+            for key in found:
+                if key not in export.table:
+                    what = f"has {key}, which is no class by {export.where}"
+                    raise DataError(where, what, "name it there, or mend the mask")
+                number = key if isinstance(key, int) else int(np.dot(key, RGB_WEIGHTS))
+                labels[pixels == number] = export.table[key]
+            mask = Image.fromarray(labels)
+        with data.blame(item.image, "mend its outlines"):
+            mask = mask or draw(item.size or size, item.mask or [], export.table)
+        if turn in TURNS and mask.size == size[::-1] != size:
+            mask, turned = mask.transpose(Image.Transpose[TURNS[turn]]), True
+        if mask.size != size:
+            what = f"the mask is {mask.size}, but its image, turned upright, {size}"
+            raise DataError(where, what, "export it again")
+        mask.putpalette(PALETTE)
+        mask.save(out / "masks" / f"{item.name}.png", compress_level=1)
+    if picture:
+        picture.save(images / f"{item.name}.png", compress_level=1)
+        return turned
+    target = images / f"{item.name}{item.image.suffix}"
+    try:
+        link(item.image.resolve(), target)
+    except OSError:  # on another disk, or on one that has no links
+        shutil.copyfile(item.image, target)
+    return turned
+
+
+def convert(folder, export, white, out, link):
+    """Write a plain folder. Raises DataError, after a line for each file that is wrong."""
+    items = export.items if export else [Item(path) for path in folder.pictures]
+    if not export:
+        settle(folder, items)
+    for name in ("images", "masks") if export else ("",):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    results = each(lambda item: take(item, export, white, out, link), items, "writing")
+    errors = [result for result in results if isinstance(result, DataError)]
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        print(*errors[:20], sep="\n")
+        what = f"{len(errors)} of {len(items)} files cannot be taken, see above"
+        raise DataError(folder.root, what, "mend or delete them")
+    if any(results):
+        print(f"EXIF turns {sum(results)} images whose masks were not turned, and now are")
+    lists = {name: [] for name in sorted(set().union(*(item.lists for item in items)))}
+    for item in items if export else ():
+        for name in item.lists:
+            lists[name].append(item.name)
+    # classes.txt is last: without it train.py takes a folder for no data.
+    for name, lines in [*lists.items(), ("classes", export.names)] if export else ():
+        (out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def open_plain(root):
+    """Return (classes, images, masks) of a folder that train.py reads, or None."""
+    try:
+        image_folder, mask_folder = data.find_folders(root)
+        images = data.files_by_name(image_folder, data.IMAGE_SUFFIXES)
+        masks = data.files_by_name(mask_folder, {".png"})
+        return (data.read_classes(root), images, masks) if images.keys() & masks.keys() else None
+    except DataError:
+        return None
+
+
+def look_over(root, size, decode):
+    """Print what is in a folder that train.py reads; return what it refuses, a line each."""
+    classes, images, masks = open_plain(root)
+    names, splits, errors = sorted(images.keys() & masks.keys()), {}, []
+    notes = {"images have no mask of that name": [*images.keys() - masks.keys()]}
+    notes["masks have no image of that name"] = [*masks.keys() - images.keys()]
+    lists = {path.stem for path in (*root.glob("*.txt"), *root.glob("ImageSets/Seg*/*.txt"))}
+    for split in sorted({"train", "val", *lists} - {"classes"}):
+        try:
+            splits[split] = data.split_names(root, split, images, masks)
+        except DataError as error:
+            errors.append(str(error))
+
+    def look(name):
+        _, shape, turn, frames = open_image(images[name], decode=decode)
+        mask = data.load_mask(masks[name], len(classes))
+        if mask.size != shape:
+            what = f"is {mask.size}, but its image, turned upright, {shape}"
+            raise DataError(masks[name], what, f"export it again, or {data.PREPARE}")
+        unclear = turn in (2, 3, 4) or (turn in TURNS and shape[0] == shape[1])
+        return np.array(mask.histogram()), data.to_tensor(mask, size), unclear, frames > 1
+
+    results = dict(zip(names, each(look, names, "looking over")))
+    errors += [str(result) for result in results.values() if isinstance(result, DataError)]
+    results = {name: r for name, r in results.items() if not isinstance(r, DataError)}
+    print_classes(classes, results.values(), size)
+    for split, listed in splits.items():
+        print(f"{split}: {len(listed)} images")
+        dataset = data.SegmentationSet()
+        dataset.classes, dataset.names = classes, [name for name in listed if name in results]
+        if dataset.names and split in ("train", "val"):
+            dataset.masks = torch.stack([results[name][1] for name in dataset.names])
+            try:
+                data.check_labels(dataset, f"{root.name}, {split}", learns=split == "train")
+            except DataError as error:
+                errors.append(str(error))
+    often = Counter(name for part in ("train", "val", "test") for name in splits.get(part, ()))
+    notes["images are in two of train, val and test"] = [name for name in often if often[name] > 1]
+    notes["images are in no list"] = [*set(names).difference(*splits.values())]
+    turned, several = ([name for name in results if results[name][key]] for key in (2, 3))
+    notes["images are turned by EXIF; look whether their masks are, too"] = turned
+    notes["images have several frames, of which the first is taken"] = several
+    for what, some in notes.items():
+        if some:
+            print(f"{len(some)} {what}, such as {min(some)}")
+    if not {"train", "val"} & lists and are_frames([images[name] for name in results]):
+        print("these look like frames of a video: val will have near copies of what train has;")
+        print("write train.txt and val.txt, with whole videos in each")
+    return errors
+
+
+def print_classes(classes, results, size):
+    """Print each class's images and pixels, what vanishes at a size, and what is odd about 0."""
+    full = np.array([counts for counts, *_ in results]).reshape(-1, 256)
+    small = [np.bincount(mask.ravel(), minlength=256) for _, mask, *_ in results]
+    vanished = ((full > 0) & (np.array(small).reshape(-1, 256) == 0)).sum(0)
+    print(f"\n{'class':<24}{'images':>8}{'% of pixels':>13}   of {len(full)} images")
+    for label, name in enumerate(classes):
+        share = 100 * full[:, label].sum() / max(1, full[:, :VOID].sum())
+        lost = f"   vanishes from {vanished[label]} at {size}x{size}: a larger --size keeps more"
+        lost, count = lost if vanished[label] else "", (full[:, label] > 0).sum()
+        print(f"{label:>3} {name:<20}{count:>8}{share:>13.3f}{lost}")
+    print(f"void (255): {full[:, VOID].sum() / max(1, full.sum()):.1%} of all pixels")
+    if not named_like(classes[0], BACKGROUNDS):
+        print(f"class 0 is {classes[0]}: if 0 means background, list background first")
+    for label, name in enumerate(classes):
+        if label and named_like(name, "void unlabeled unlabelled ignore"):
+            print(f"class {label} is called {name}: --void {label} leaves it out")
+
+
+def are_frames(paths):
+    """Return whether images with numbers are far more like the next than like others: a video's."""
+    numbers = [(re.split(r"(\d+)\D*$", path.stem), path) for path in paths]
+    ordered = sorted((parts[0], int(parts[1]), path) for parts, path in numbers if len(parts) > 1)
+    if len(ordered) < max(12, 0.8 * len(paths)):
+        return False
+    picks = np.linspace(0, len(ordered) - 2, 12).astype(int)
+    pairs = [[data.load_image(ordered[i + step][2]) for step in (0, 1)] for i in picks]
+    small = np.array([[np.asarray(image.resize((16, 16)), float) for image in p] for p in pairs])
+    near, far = abs(small[:, 0] - small[:, 1]), abs(small[:, 0] - np.roll(small[:, 1], 6, 0))
+    return np.median(near.mean((1, 2, 3))) < 0.5 * np.median(far.mean((1, 2, 3)))
+
+
+def run(args):
+    """Look a folder over, or convert it and look the result over; return the exit status."""
+    if not Path(args.source).is_dir():
+        raise DataError(args.source, "is no folder", "give the folder of an export")
+    if not args.new and (args.void is not None or args.white):
+        raise DataError(args.source, "--void and --white write a folder", "give NEW as well")
+    root, new = data.find_root(args.source), args.new and Path(args.new).absolute()
+    if new and (new.exists() or root in new.resolve().parents):
+        what = "is there already" if new.exists() else "lies within SOURCE"
+        raise DataError(new, what, "give a folder that does not exist, in another place")
+    if not new and open_plain(root):
+        errors = look_over(root, args.size, decode=True)
+    else:
+        folder = Folder(root)
+        export = open_export(folder, args.void) if not args.white or divide(folder)[1] else None
+        if new:
+            new.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=new and new.parent) as place:
+            out = Path(place, root.name)
+            convert(folder, export, args.white, out, os.link if new else os.symlink)
+            out = out.rename(new) if new else out
+            errors = look_over(out, args.size, decode=False) if export else []
+        if not new:
+            errors.append(f"{root}: is an export: python tools/prepare.py {args.source} NEW")
+    if errors:
+        print(f"\nto mend before training ({len(errors)}):", *errors[:20], sep="\n  ")
+    return int(bool(errors))
+
+
+def main(argv=None):
+    """Run the command line, see the top of the file; return the exit status."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("source", metavar="SOURCE", help="a folder of data, or an export")
+    parser.add_argument("new", metavar="NEW", nargs="?", help="a folder that does not exist yet")
+    parser.add_argument("--void", type=int, metavar="VALUE", help="a value of masks to make void")
+    parser.add_argument("--white", type=float, metavar="VALUE", help="becomes 255 in 8-bit images")
+    parser.add_argument("--size", type=int, default=96, help="for what vanishes; default: 96")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except DataError as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"prepare.py: error: {error}", file=sys.stderr)
+        return 2 if args.new or not Path(args.source).is_dir() else 1  # 1: looked at, and refused
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    sys.exit(main())
