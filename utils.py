@@ -236,7 +236,7 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: does not exist; a run has one after its first epoch") from error
+        raise UserError(f"{path}: does not exist; a run has one after its first validation") from error
     except Exception as error:  # torch.load raises many kinds for files that it cannot read
         said = f"{path}: is no file of tensors alone ({type(error).__name__})"
         raise UserError(f"{said}; give a best.pt that train.py wrote") from error

@@ -2,21 +2,20 @@
 
 import csv
 import json
+import multiprocessing
 import os
+import shutil
 import subprocess
-import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # on tensors as small as these, threads only wait
 import numpy as np
+import prefork
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import evaluate
@@ -24,8 +23,9 @@ import models
 import utils
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo"])  # what takes seconds to import
 REAL_VOC = os.environ.get("VOC_ROOT")
-torch.backends.mps.is_available = cache(lambda: False)  # as in prefork.py
 
 
 def write_voc(root, splits=None, num_classes=21, seed=0):
@@ -96,10 +96,7 @@ def no_pictures(monkeypatch):
 
 
 class Small(models.EncoderDecoder):
-    """The FCN with few layers, and dropout: it trains and saves at once.
-
-    For tests of what is alike for all networks.
-    """
+    """The FCN with few layers, and dropout: it trains and saves at once."""
 
     def __init__(self, num_classes=21):
         encoder = models.down(3, 16), models.down(16, 32), nn.Dropout2d(0.1)
@@ -125,61 +122,27 @@ class Plain(nn.Module):
 
 
 class Process:
-    """A script in a process of its own, forked by tests/prefork.py."""
-
-    server = None
+    """A script in a process of its own."""
 
     def __init__(self, script, *args, cwd, **environment):
-        if not Process.server:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            command = [sys.executable, REPOSITORY / "tests" / "prefork.py"]
-            Process.server = subprocess.Popen(command, **pipes)
-        self.folder = tempfile.TemporaryDirectory()
-        self.outputs = {name: Path(self.folder.name, name) for name in ("stdout", "stderr")}
-        job = {name: str(path) for name, path in self.outputs.items()}
-        job |= {"script": str(REPOSITORY / script), "args": [str(arg) for arg in args]}
-        job |= {"cwd": str(cwd), "env": environment}
-        self.pid = self.ask(job)
-
-    def ask(self, question):
-        """Send the server a line, and return its answer."""
-        self.server.stdin.write(json.dumps(question) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
-
-    def alive(self):
-        """Return whether the process still runs."""
-        return self.ask({"pid": self.pid, "wait": False}) is None
+        self.folder = tempfile.mkdtemp()
+        self.outputs = [str(Path(self.folder, name)) for name in ("stdout", "stderr")]
+        job = str(REPOSITORY / script), [str(arg) for arg in args], str(cwd), environment
+        self.process = FORKS.Process(target=prefork.run, args=(*job, self.outputs))
+        self.process.start()
+        self.pid, self.is_alive = self.process.pid, self.process.is_alive
 
     def wait(self):
         """Wait for the process to end; return what subprocess.run would."""
-        status = self.ask({"pid": self.pid, "wait": True})
-        texts = {name: path.read_text() for name, path in self.outputs.items()}
-        self.folder.cleanup()
-        return subprocess.CompletedProcess([], status, **texts)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _end_server():
-    yield
-    if Process.server:
-        Process.server.stdin.close()
-        Process.server.wait()
+        self.process.join()
+        texts = [Path(path).read_text() for path in self.outputs]
+        shutil.rmtree(self.folder)
+        return subprocess.CompletedProcess([], self.process.exitcode, *texts)
 
 
 def run_script(script, *args, cwd, **environment):
     """Run a script of the repository in a process of its own, in the folder `cwd`."""
     return Process(script, *args, cwd=cwd, **environment).wait()
-
-
-def fake_cuda():
-    """Return whether PyTorch can make fake CUDA tensors on this machine; older versions need a GPU."""
-    try:
-        with FakeTensorMode():
-            torch.empty(2, device="cuda").uniform_() - 1.0
-        return True
-    except (RuntimeError, AssertionError):
-        return False
 
 
 def call(module, *args):
@@ -227,16 +190,3 @@ def looks_drawn(path, width, height):
     pixels = np.array(Image.open(path).convert("L"))
     assert pixels.shape[0] >= height and pixels.shape[1] >= width, pixels.shape
     assert pixels.std() > 10 and pixels[0, 0] == 255  # ink on a light background
-
-
-class Dispatched(TorchDispatchMode):
-    """Counts copies between the CPU and the GPU, and numbers that Python waits for."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        given = {t.device.type for t in args if isinstance(t, torch.Tensor) and t.ndim}
-        moved = isinstance(out, torch.Tensor) and given and out.device.type not in given
-        self.count += bool(moved) or "local_scalar" in str(function)
-        return out

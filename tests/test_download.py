@@ -57,7 +57,7 @@ def test_download_fetches_only_what_is_missing(archives, capsys):
     assert len(data.load_dataset("voc2007", "test", 32)) == 2
     val = data.load_dataset("voc2012", "val", 32)
     assert len(val) == 3 and val.root == (archives / "data/VOCdevkit/VOC2012").resolve()
-    with pytest.raises(data.DataError, match="VOC2012: has no test.txt; .* or take val, all"):
+    with pytest.raises(data.DataError, match="VOC2012: has no test.txt; .* or take val.* all"):
         data.load_dataset("voc2012", "test", 32)
 
 
@@ -91,14 +91,8 @@ def test_unpacking_that_was_interrupted_is_done_again(archives, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(tarfile, "copyfileobj", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                data.download_voc("2007", "train")
+                data.download_voc("voc2007", "train")
         assert len(data.load_dataset("voc2007", "train", 32)) == 2
-
-
-def test_an_archive_put_there_by_hand_needs_no_host(archives):
-    (archives / "data").mkdir()
-    (archives / "2007.tar").rename(archives / "data" / "VOCtrainval_06-Nov-2007.tar")
-    assert len(data.load_dataset("voc2007", "val", 32)) == 1
 
 
 def test_hosts_that_are_down_silent_or_lack_the_file_are_one_clear_error(archives, monkeypatch):
@@ -132,8 +126,3 @@ def test_an_archive_with_paths_outside_the_folder_writes_nothing_there(archives,
         with pytest.raises(data.DataError, match=ERROR):
             data.load_dataset("voc2007", "train", 32)
     assert not (archives / "outside.txt").exists()
-
-
-def test_an_older_python_without_that_check_unpacks_too(archives, monkeypatch):
-    monkeypatch.delattr(tarfile, "data_filter", raising=False)  # as Debian 12's
-    assert len(data.load_dataset("voc2007", "train", 32)) == 2

@@ -1,11 +1,8 @@
 """models.py and tools/layers.py against the paper's tables, ERFNet's published layout and torchvision's ResNet34."""
 
-import re
-from itertools import pairwise
-
 import pytest
 import torch
-from conftest import call, check, run_script
+from conftest import call
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet34
@@ -14,88 +11,25 @@ import models
 import utils
 from tools import layers
 
-
-def conv(n_in, n_out, kernel_height, kernel_width=None):
-    """Parameters of a convolution with bias, transposed or not."""
-    return n_in * n_out * kernel_height * (kernel_width or kernel_height) + n_out
-
-
-def batch_norm(n):
-    return 2 * n
-
-
-def fcn_parameters(classes):
-    down = [(3, 32), (32, 64), (64, 128), (128, 256), (256, 512)]
-    up = [(512, 512), (512, 256), (256, 128), (128, 64), (64, 32)]
-    return sum(conv(i, o, 3) + batch_norm(o) for i, o in down + up) + conv(32, classes, 1)
+# Summed by hand over the paper's tables: all parameters for 21 classes, and those of each class in
+# the last layer (a 1x1 convolution of 32 or 64 channels, or a 2x2 one of 16, and a bias).
+PARAMETERS = {
+    "fcn": (5_500_245, 33),
+    "darrennet": (2_064_321, 65),
+    "unet": (31_044_821, 65),
+    "resnet34_fcn": (25_214_357, 33),
+    "resnet34_darrennet": (22_950_661, 65),
+    "resnet34_unet": (24_427_157, 65),
+}
 
 
-def darrennet_parameters(classes):
-    downsamplers = [(3, 16), (16, 64), (64, 128)]
-    upsamplers = [(128, 64), (64, 16)]
-    blocks = 5 * [64] + 8 * [128] + 2 * [64] + 2 * [16]
-    return (
-        sum(conv(i, o - i, 3) + batch_norm(o) for i, o in downsamplers)
-        + sum(conv(i, o, 3) + batch_norm(o) for i, o in upsamplers)
-        + sum(2 * (conv(n, n, 3, 1) + conv(n, n, 1, 3) + batch_norm(n)) for n in blocks)
-        + conv(16, classes, 2)
-    )
-
-
-def unet_decoder_parameters(maps, classes):
-    """deconv 2x2, then two 3x3 convolutions with batch norm, from the deepest map up."""
-    steps = list(pairwise(reversed(maps)))
-    return sum(
-        conv(i, o, 2) + conv(2 * o, o, 3) + conv(o, o, 3) + 2 * batch_norm(o) for i, o in steps
-    ) + conv(maps[0], classes, 1)
-
-
-def unet_parameters(classes):
-    maps = (64, 128, 256, 512, 1024)
-    down = sum(conv(i, o, 3) + conv(o, o, 3) + 2 * batch_norm(o) for i, o in pairwise((3, *maps)))
-    return down + unet_decoder_parameters(maps, classes)
-
-
-def resnet34_encoder_parameters():
-    """torchvision's own sum, less the classifier's: 512 x 1000 weights and 1000 biases."""
-    return 21_797_672 - 513_000
-
-
-def resnet34_fcn_parameters(classes):
-    up = [(512, 512), (512, 256), (256, 128), (128, 64), (64, 32)]
-    decoder = sum(conv(i, o, 3) + batch_norm(o) for i, o in up) + conv(32, classes, 1)
-    return resnet34_encoder_parameters() + decoder
-
-
-def resnet34_darrennet_parameters(classes):
-    up = sum(
-        conv(i, o, 3) + batch_norm(o) for i, o in [(512, 256), (256, 128), (128, 64), (64, 16)]
-    )
-    blocks = sum(2 * (conv(n, n, 3, 1) * 2 + batch_norm(n)) for n in (64, 64, 16, 16))
-    return resnet34_encoder_parameters() + up + blocks + conv(16, classes, 2)
-
-
-def resnet34_unet_parameters(classes):
-    return resnet34_encoder_parameters() + unet_decoder_parameters((64, 64, 128, 256, 512), classes)
-
-
-@pytest.mark.parametrize(
-    "name, by_table, stated",
-    [
-        ("fcn", fcn_parameters, 5_500_245),
-        ("darrennet", darrennet_parameters, 2_064_321),
-        ("unet", unet_parameters, 31_044_821),
-        ("resnet34_fcn", resnet34_fcn_parameters, 25_214_357),
-        ("resnet34_darrennet", resnet34_darrennet_parameters, 22_950_661),
-        ("resnet34_unet", resnet34_unet_parameters, 24_427_157),
-    ],
-)
-def test_parameters_are_those_of_the_tables(name, by_table, stated):
-    assert by_table(21) == stated
+@pytest.mark.parametrize("name", models.MODELS)
+def test_parameters_are_those_of_the_tables(name):
+    total, each = PARAMETERS[name]
     for classes in (21, 2):
         with torch.device("meta"):
             model = models.build_model(name, num_classes=classes)
-        assert sum(p.numel() for p in model.parameters()) == by_table(classes)
+        assert sum(p.numel() for p in model.parameters()) == total - (21 - classes) * each
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -147,66 +81,58 @@ def test_non_bottleneck_is_residual_and_starts_by_passing_its_input_on():
     assert not torch.equal(block(x), x.relu())
 
 
-def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"'segnet'.*fcn, darrennet"):
-        models.build_model("segnet")
+def erfnet(state, x):
+    """Compute ERFNet's encoder as its paper gives it (Romera et al. 2018), of a state dict."""
+
+    def conv(name, x, **how):
+        return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **how)
+
+    def bn(name, x):
+        values = (state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *values, eps=1e-3)
+
+    blocks = ["initial_block", *(f"layers.{i}" for i in range(15))]
+    for name, d in zip(blocks, [0, 0, 1, 1, 1, 1, 1, 0, 2, 4, 8, 16, 2, 4, 8, 16]):
+        name = f"encoder.{name}"
+        if d == 0:  # a downsampler
+            strided = conv(f"{name}.conv", x, stride=2, padding=1)
+            x = bn(f"{name}.bn", torch.cat([strided, F.max_pool2d(x, 2, 2)], 1)).relu()
+            continue
+        y = conv(f"{name}.conv3x1_1", x, padding=(1, 0)).relu()
+        y = bn(f"{name}.bn1", conv(f"{name}.conv1x3_1", y, padding=(0, 1))).relu()
+        y = conv(f"{name}.conv3x1_2", y, padding=(d, 0), dilation=(d, 1)).relu()
+        y = bn(f"{name}.bn2", conv(f"{name}.conv1x3_2", y, padding=(0, d), dilation=(1, d)))
+        x = (x + y).relu()
+    return x
 
 
-# ------------------------------------------------------------------------------- trained encoders
-
-
-class PublishedEncoder(nn.Module):
-    """ERFNet's encoder as its paper and its files' key names give it (Romera et al. 2018)."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Module()
-        self.encoder.initial_block = self.downsampler(3, 16)
-        dilations = [1] * 5 + [2, 4, 8, 16, 2, 4, 8, 16]
-        self.dilations = [None, *dilations[:5], None, *dilations[5:]]
-        self.encoder.layers = nn.ModuleList(
-            [self.downsampler(16, 64)]
-            + [self.non_bottleneck(64, d) for d in dilations[:5]]
-            + [self.downsampler(64, 128)]
-            + [self.non_bottleneck(128, d) for d in dilations[5:]]
-        )
-        self.encoder.output_conv = nn.Conv2d(128, 20, 1)
-
-    @staticmethod
-    def downsampler(n_in, n_out):
-        block = nn.Module()
-        block.conv = nn.Conv2d(n_in, n_out - n_in, 3, 2, 1)
-        block.bn = nn.BatchNorm2d(n_out, eps=1e-3)
-        return block
-
-    @staticmethod
-    def non_bottleneck(n, d):
-        block = nn.Module()
-        block.conv3x1_1 = nn.Conv2d(n, n, (3, 1), 1, (1, 0))
-        block.conv1x3_1 = nn.Conv2d(n, n, (1, 3), 1, (0, 1))
-        block.bn1 = nn.BatchNorm2d(n, eps=1e-3)
-        block.conv3x1_2 = nn.Conv2d(n, n, (3, 1), 1, (d, 0), (d, 1))
-        block.conv1x3_2 = nn.Conv2d(n, n, (1, 3), 1, (0, d), (1, d))
-        block.bn2 = nn.BatchNorm2d(n, eps=1e-3)
-        return block
-
-    def forward(self, x):
-        for block in [self.encoder.initial_block, *self.encoder.layers]:
-            if hasattr(block, "conv"):
-                x = block.bn(torch.cat([block.conv(x), F.max_pool2d(x, 2, 2)], 1)).relu()
-            else:
-                y = block.bn1(block.conv1x3_1(block.conv3x1_1(x).relu())).relu()
-                y = block.bn2(block.conv1x3_2(block.conv3x1_2(y).relu()))
-                x = (x + y).relu()
-        return x
+def random_encoder():
+    """Return random weights under the names of ERFNet's published files."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"initial_block": (3, 16), "layers.0": (16, 64), "layers.6": (64, 128)}
+    state, norms = {"encoder.output_conv.weight": (20, 128, 1, 1)}, {}
+    for name, (n_in, n_out) in shapes.items():
+        state[f"encoder.{name}.conv.weight"] = (n_out - n_in, n_in, 3, 3)
+        norms[f"encoder.{name}.bn"] = n_out
+    for i in [*range(1, 6), *range(7, 15)]:
+        n = 64 if i < 6 else 128
+        for part in (1, 2):
+            state[f"encoder.layers.{i}.conv3x1_{part}.weight"] = (n, n, 3, 1)
+            state[f"encoder.layers.{i}.conv1x3_{part}.weight"] = (n, n, 1, 3)
+            norms[f"encoder.layers.{i}.bn{part}"] = n
+    state |= {name.replace("weight", "bias"): shape[:1] for name, shape in state.items()}
+    for name, n in norms.items():
+        state |= {f"{name}.{k}": (n,) for k in ("running_mean", "running_var", "weight", "bias")}
+    drawn = {k: 0.05 * torch.randn(shape, generator=generator) for k, shape in state.items()}
+    return {
+        k: v + (1 if k[-3:] == "var" or ".bn" in k and k[-6:] == "weight" else 0)
+        for k, v in drawn.items()
+    }
 
 
 def published_file(encoder, kind):
     """The state dict of an ERFNet in the form in which its authors' files have it."""
-    state = encoder.state_dict()
-    state = {
-        k: v for k, v in state.items() if "num_batches_tracked" not in k
-    }  # older than PyTorch 0.4
+    state = dict(encoder)
     if kind == "imagenet":
         state = {k: v for k, v in state.items() if "output_conv" not in k}
         state = {f"module.features.{k}": v for k, v in state.items()}
@@ -214,17 +140,6 @@ def published_file(encoder, kind):
         return {"epoch": 4, "arch": "erfnet", "state_dict": state, "best_prec1": 60.0}
     state = {f"module.{k}": v for k, v in state.items()}
     return state | {"module.decoder.output_conv.weight": torch.zeros(16, 20, 2, 2)}
-
-
-def random_encoder():
-    torch.manual_seed(5)
-    encoder = PublishedEncoder().eval()
-    for name, tensor in encoder.state_dict().items():
-        if "running_mean" in name:
-            tensor.normal_(0, 0.1)
-        elif "running_var" in name:
-            tensor.uniform_(0.5, 1.5)
-    return encoder
 
 
 @pytest.mark.parametrize("kind", ["imagenet", "cityscapes"])
@@ -235,7 +150,7 @@ def test_erfnets_published_files_give_erfnets_encoder(kind):
     loaded, left = models.load_encoder(model, published_file(encoder, kind))
     images = torch.randn(2, 3, 64, 96)
     with torch.inference_mode():
-        assert torch.allclose(model.encoder(images), encoder(images), atol=1e-5)
+        assert torch.allclose(model.encoder(images), erfnet(encoder, images), atol=1e-5)
     assert len(loaded) == 3 * 6 + 13 * 16
     assert all(torch.equal(v, decoder[k]) for k, v in model.decoder.state_dict().items())
     expected = {
@@ -282,40 +197,24 @@ def test_resnet34_maps_are_torchvisions():
     assert all(torch.equal(a, b) for a, b in zip(maps, expected))
 
 
-# ----------------------------------------------------------------------------------- layer tables
-
-
-def printed_table(text):
-    """Return the rows of a table that tools/layers.py prints, as dictionaries of strings."""
-    head, *rows = (re.split(r"  +", line.replace(",", "")) for line in text.splitlines())
-    return [dict(zip(head, row, strict=True)) for row in rows]
-
-
-def test_layer_table_of_darrennet_is_table_1(tmp_path):
-    printed = check(run_script("tools/layers.py", "darrennet", cwd=tmp_path))
-    layers_printed, sums = printed.split("\n\n")
-    rows = printed_table(layers_printed)
-    first = {"layer": "encoder.initial_block.conv", "in": "3", "out": "13", "kernel": "3x3"}
+def test_layer_table_of_darrennet_is_table_1(capsys):
+    rows = layers.layer_table(models.build_model("darrennet"), 224)
+    first = {"layer": "encoder.initial_block.conv", "in": 3, "out": 13, "kernel": "3x3"}
     first |= {"stride": "2x2", "padding": "1x1", "dilation": "1x1", "output": "112x112"}
-    first |= {"parameters": str(3 * 13 * 9 + 13), "multiply_adds": str(3 * 13 * 9 * 112 * 112)}
+    first |= {"parameters": 3 * 13 * 9 + 13, "multiply_adds": 3 * 13 * 9 * 112 * 112}
     assert rows[0] == first
     deepest = next(row for row in rows if row["layer"] == "encoder.layers.10.conv1x3_2")
-    assert deepest["dilation"] == "1x16" and deepest["padding"] == "0x16"
-    assert deepest["output"] == "28x28"
+    assert (deepest["dilation"], deepest["padding"], deepest["output"]) == ("1x16", "0x16", "28x28")
     # A transposed convolution uses each weight once for every pixel of its input.
-    assert rows[-1]["output"] == "224x224"
-    assert rows[-1]["multiply_adds"] == str(16 * 21 * 4 * 112 * 112)
-    (total,) = printed_table(sums)
-    assert total["model"] == "darrennet" and total["parameters"] == "2064321"
-    multiply_adds = sum(int(row["multiply_adds"]) for row in rows)
-    assert total["multiply-adds at 224x224"] == str(multiply_adds)
-
-
-def test_without_a_name_each_network_has_a_line(capsys):
+    assert rows[-1]["multiply_adds"] == 16 * 21 * 4 * 112 * 112
     call(layers)
-    rows = printed_table(capsys.readouterr().out)
-    assert [row["model"] for row in rows] == list(models.MODELS)
-    assert rows[0]["parameters"] == str(fcn_parameters(21))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line[0] for line in lines] == list(models.MODELS)
+    adds = sum(row["multiply_adds"] for row in rows)
+    assert lines[1] == ["darrennet", "2,064,321", f"{adds:,}"]
+    call(layers, "darrennet")
+    printed = capsys.readouterr().out
+    assert "encoder.layers.10.conv1x3_2 " in printed and f"{adds:,}" in printed
 
 
 def test_multiply_adds_of_resnet34_are_those_torchvision_states():

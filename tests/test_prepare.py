@@ -143,7 +143,7 @@ def yolo(root, yaml, image="{split}/images", label="{split}/labels"):
 
 def yolo_list(root):
     names = """names: ['the "disc"', "a, box"]  # two"""
-    yolo(root, f"# mine\nnc: 2\n{names}\ntrain: ../train/images\n")
+    yolo(root, f"# mine\nnc: 2\n{names}\n\nroboflow:\n  version: 1\n")
     return ["background", 'the "disc"', "a, box"]
 
 
@@ -228,7 +228,9 @@ def two_columns(root):
     for split in ("train", "val", "test"):
         names = [name for name in NAMES if SPLIT[name] == split]
         lines = [f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png\n" for n in names]
+        lines = [f"{n}\n" for n in names] if split == "val" else lines  # as VOC's beside SBD's
         put(root / f"ImageSets/Segmentation/{split}.txt", "".join(lines))
+    put(root / "ImageSets/Layout/train.txt", "c 1\n")
     return CLASSES
 
 
@@ -311,6 +313,17 @@ def test_masks_of_two_values(kind, tmp_path, capsys):
     assert data.read_classes(tmp_path / "new")[0] == "background"
 
 
+def test_void_is_no_soft_edge(tmp_path, capsys):
+    root = write_plain(
+        tmp_path / "in", lambda m: np.where(m[::-1] == 2, 255, m).astype(np.uint8), ""
+    )
+    mend = np.asarray(Image.open(root / "masks/c.png")).copy()
+    mend[0, :2] = 3
+    put(root / "masks/c.png", mend)
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0
+    assert (np.asarray(Image.open(tmp_path / "new/masks/c.png")) == mend).all()
+
+
 def test_void(tmp_path, capsys):
     root = write_plain(tmp_path / "in", classes="void\ndisc\nbox")
     assert prepare.main([str(root)]) == 0
@@ -390,6 +403,14 @@ def test_refusals(tmp_path, capsys):
     put(xml / "JPEGImages/c.jpg", PICTURES["c"][0])
     put(xml / "Annotations/c.xml", "<annotation/>")
     refused(xml, capsys, "boxes")
+    shape = {"label": "disc", "points": [[1, 1], [4e9, 1], [1, 9]], "shape_type": "polygon"}
+    for folder, path, words in (("9", "c.jpg", "far outside"), ("10", "/etc/passwd", "passwd")):
+        put(tmp_path / folder / "in/c.jpg", PICTURES["c"][0])
+        put(tmp_path / folder / "in/c.json", {"imagePath": path, "shapes": [shape]})
+        refused(tmp_path / folder / "in", capsys, words)
+    cut = write_plain(tmp_path / "11/in") / "images/c.jpg"
+    cut.write_bytes(cut.read_bytes()[:-300])
+    refused(cut.parent.parent, capsys, "c.jpg", "truncated")
 
 
 def test_new_must_be_new_and_elsewhere(tmp_path, capsys):

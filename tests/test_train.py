@@ -1,38 +1,20 @@
 """train.py: its command line, its arithmetic against PyTorch's own, what a run leaves behind."""
 
 import copy
+import itertools
 import json
 import math
 import os
-import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    REPOSITORY,
-    Dispatched,
-    Plain,
-    call,
-    check,
-    fake_cuda,
-    looks_drawn,
-    read_rows,
-    read_scores,
-    run_script,
-    same,
-    state_of,
-    write_plain,
-    write_voc,
-)
+from conftest import Plain, call, check, looks_drawn, read_rows, run_script, state_of, write_voc
 from PIL import Image
 from test_models import published_file, random_encoder
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torchvision.models import resnet34
 
@@ -53,10 +35,7 @@ def quick_train(*args, name="run", epochs=2, model="small"):
 
 
 def same_weights(a, b):
-    return same(state_of(a)["state_dict"], state_of(b)["state_dict"])
-
-
-# ---------------------------------------------------------------------------- whole runs
+    return conftest.same(state_of(a)["state_dict"], state_of(b)["state_dict"])
 
 
 @pytest.mark.parametrize("model", ["fcn", "darrennet"])
@@ -88,32 +67,20 @@ def test_a_run_leaves_what_it_should(tmp_path, voc, model):
     assert sorted(os.listdir("run")) == list(files)
 
 
-def test_a_plain_folder_trains_scores_and_is_predicted(tmp_path, monkeypatch):
-    write_plain(tmp_path / "own")
-    quick_train("--data", "own", epochs=1)
-    assert state_of("run/best.pt")["data"] == str(tmp_path.resolve() / "own")  # found from anywhere
+def test_a_plain_folder_trains_scores_and_is_predicted(tmp_path, monkeypatch, capsys):
+    conftest.write_plain(tmp_path / "own")
+    quick_train("--data", "own", epochs=1, name="my run")
+    assert "python evaluate.py 'my run/best.pt'\n" in capsys.readouterr().out
+    assert state_of("my run/best.pt")["data"] == str(tmp_path.resolve() / "own")
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    call(evaluate, "../run/best.pt", "--out", "scores")
-    assert list(read_scores("scores")["iou"]) == ["background", "cat", "dog"]
-    call(train, "--resume", "../run", "--epochs", 2)
-    call(predict, "../own/images/a1.jpg", "--checkpoint", "../run/best.pt")
+    call(evaluate, "../my run/best.pt", "--out", "scores")
+    assert list(conftest.read_scores("scores")["iou"]) == ["background", "cat", "dog"]
+    call(train, "--resume", "../my run", "--epochs", 2)
+    call(predict, "../own/images/a1.jpg", "--checkpoint", "../my run")
     mask = Image.open("predictions/a1_mask.png")
     assert mask.size == (42, 40) and np.array(mask).max() <= 2
     assert mask.getpalette()[3:6] == [128, 0, 0]
-
-
-def test_names_of_data_are_kept_as_they_are():
-    call(train, "--data", "shapes", "--model", "small", "--size", 32, "--epochs", 1, "--out", "run")
-    assert state_of("run/best.pt")["data"] == "shapes"
-
-
-def test_same_seed_same_weights(voc):
-    flags = ("--data", voc, "--augment", "--cosine")
-    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
-        quick_train(*flags, "--seed", seed, name=name, epochs=1, model="darrennet")
-    assert same_weights("one/last.pt", "two/last.pt")
-    assert not same_weights("one/last.pt", "other/last.pt")
 
 
 def test_resume_needs_no_flags_and_ends_with_the_same_weights(tmp_path, voc):
@@ -124,20 +91,6 @@ def test_resume_needs_no_flags_and_ends_with_the_same_weights(tmp_path, voc):
     call(train, "--resume", "--epochs", 3)  # the newest run
     assert same_weights("runs/whole/last.pt", "runs/halves/last.pt")
     assert [row["epoch"] for row in read_rows("runs/halves/log.csv")] == [1, 2, 3]
-
-
-def test_runs_are_numbered_and_the_newest_is_the_default(voc, capsys):
-    settings = ("--model", "small", "--data", voc, "--epochs", 1, "--size", 32, "--batch-size", 2)
-    for _ in range(2):
-        call(train, *settings)
-    assert sorted(os.listdir("runs")) == ["small", "small-2"]
-    call(evaluate)
-    assert "runs/small-2/best.pt" in capsys.readouterr().out
-
-
-def test_commands_to_paste_are_quoted(voc, capsys):
-    quick_train("--data", voc, name="my run", epochs=1)
-    assert "python evaluate.py 'my run/best.pt'\n" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_nothing_of_it_is_saved(voc, monkeypatch):
@@ -151,9 +104,6 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_nothing_of_it_is_saved(vo
     with pytest.raises(utils.UserError, match="epoch 2: .*in validation inf"):
         call(train, "--resume", "run/last.pt", "--epochs", 3)
     assert Path("run/last.pt").read_bytes() == before
-
-
-# --------------------------------------------------------------------- how long, how often
 
 
 @pytest.mark.parametrize(
@@ -171,32 +121,20 @@ def test_steps_are_whole_passes_rounded_up(tmp_path, flags, epochs):
     write_voc(tmp_path / "voc", {"train": 17, "val": 1})
     flags = ("--model", "small", "--data", "voc", "--size", "32", "--batch-size", 4, *flags)
     args, last = train.read_settings([str(flag) for flag in flags])
-    assert last is None and train.Run(args, None, torch.device("cpu")).epochs == epochs
-
-
-def test_steps_exclude_epochs(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        train.read_settings(["--steps", "5", "--epochs", "5"])
-    assert "--epochs: not allowed with argument --steps" in capsys.readouterr().err
+    typed = dict(vars(args))
+    run = train.Run(args, last, torch.device("cpu"))
+    assert run.epochs == epochs and vars(run.args) == typed  # no setting follows from the data
+    assert (run.optimizer.defaults["lr"], run.optimizer.defaults["weight_decay"]) == (2e-3, 0.2)
 
 
 @pytest.mark.parametrize(
     ("epochs", "expected"),
-    [
-        (3, [1, 2, 3]),
-        (199, [*range(1, 200)]),
-        (201, [*range(2, 201, 2), 201]),
-        (350, [*range(3, 350, 3), 350]),
-    ],
+    [(3, [1, 2, 3]), (199, [*range(1, 200)]), (350, [*range(3, 350, 3), 350])],
 )
 def test_a_run_is_validated_about_a_hundred_times_and_after_the_last_epoch(
     voc, monkeypatch, epochs, expected
 ):
-    validated, saved, save = [], [], utils.save_checkpoint
-
-    def validate(run):
-        validated.append(run.history[-1]["epoch"] if run.history else 0)
-        return 1.0, torch.eye(21)
+    saved, save = [], utils.save_checkpoint
 
     def recording(path, checkpoint):
         saved.append((path.name, checkpoint["epoch"]))
@@ -204,15 +142,13 @@ def test_a_run_is_validated_about_a_hundred_times_and_after_the_last_epoch(
             save(path, checkpoint)
 
     monkeypatch.setattr(train, "train_one_epoch", lambda run, epoch: float(epoch))
-    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(train, "validate", lambda run: (1.0, torch.eye(21)))
     monkeypatch.setattr(utils, "save_checkpoint", recording)
     quick_train("--data", voc, epochs=epochs)
-    rows = read_rows("run/log.csv")
-    assert [row["epoch"] for row in rows] == expected and len(validated) == len(expected)
     # Each row has the mean loss of the epochs since the row before.
-    bounds = [0, *expected]
-    means = [np.mean(range(a + 1, b + 1)) for a, b in zip(bounds, bounds[1:])]
-    assert [row["train_loss"] for row in rows] == means
+    pairs = itertools.pairwise([0, *expected])
+    means = [(b, np.mean(range(a + 1, b + 1))) for a, b in pairs]
+    assert [(row["epoch"], row["train_loss"]) for row in read_rows("run/log.csv")] == means
     # Of equals the first is the best.
     assert saved == [("best.pt", expected[0])] + [("last.pt", epoch) for epoch in expected]
 
@@ -232,31 +168,11 @@ def test_defaults_are_fixed_numbers_that_no_other_flag_changes():
         "--epochs 3",
         "--compile",
     ]
-    flags += ["--size 224", "--model unet", "--model resnet34_unet", "--encoder-weights x.pt"]
+    flags += ["--size 224", "--model resnet34_unet", "--encoder-weights x.pt"]
     for flag in flags:
         name = flag.split()[0].removeprefix("--").replace("-", "_")
         changed = {key for key, value in vars(parse(flag.split())).items() if value != plain[key]}
         assert changed == {name}
-
-
-def test_no_flag_changes_the_settings_of_a_run_either(voc):
-    for flags in ((), ("--augment",), ("--cosine", "--class-weights"), ("--size", 64)):
-        args, _ = train.read_settings(["--model", "small", "--data", str(voc), *map(str, flags)])
-        before = copy.copy(vars(args))
-        run = train.Run(args, None, torch.device("cpu"))
-        assert vars(run.args) == before and run.epochs == 10_000  # of one step each
-        assert run.optimizer.defaults["lr"] == 2e-3
-        assert run.optimizer.defaults["weight_decay"] == 0.2
-
-
-def test_patience_stops_the_run(voc, capsys):
-    quick_train("--data", voc, "--lr", 0, "--patience", 2, epochs=40)
-    epochs = len(read_rows("run/log.csv"))
-    assert epochs == state_of("run/best.pt")["epoch"] + 2 < 40
-    assert "stopped: no better validation mIoU for 2 epochs" in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------- resuming
 
 
 def test_what_would_make_it_another_run_is_refused(voc):
@@ -269,10 +185,9 @@ def test_what_would_make_it_another_run_is_refused(voc):
         flag = typed[0].replace("no-", "")
         with pytest.raises(utils.UserError, match=f"last.pt: was trained with another {flag};"):
             train.read_settings(["--resume", "run", *map(str, typed)])
+    known = {action.option_strings[0] for action in train.make_parser()._actions}
     free = "--data --steps --epochs --patience --batch-size --device --precision --compile"
-    known = {action.option_strings[-1] for action in train.make_parser()._actions}
-    tried = {"--cosine", "--no-pretrained", *others}
-    assert known == {*free.split(), "--no-compile", "--out", "--resume", "--help"} - {"--compile"} | tried
+    assert known == {*free.split(), "--out", "--resume", "-h", "--cosine", "--pretrained", *others}
 
 
 def test_what_a_run_may_change_is_taken_and_the_rest_stays(voc):
@@ -286,20 +201,7 @@ def test_what_a_run_may_change_is_taken_and_the_rest_stays(voc):
     assert last["epoch"] == 1
     args, _ = train.read_settings(["--resume", "run/last.pt", "--lr", "0.01", "--epochs", "4"])
     assert (args.epochs, args.lr) == (4, 0.01)  # what stays may be typed again
-
-
-def test_a_run_goes_on_for_steps_whatever_it_was_begun_with(voc):
-    quick_train("--data", voc, epochs=1)  # of two steps
-    call(train, "--resume", "run", "--steps", 5)
-    assert len(read_rows("run/log.csv")) == 3
-    call(train, "--resume", "run", "--epochs", 4)
-    call(train, "--resume", "run", "--steps", 10)
-    assert len(read_rows("run/log.csv")) == 5
-
-
-def test_steps_as_many_as_the_default_count_when_they_are_typed(voc):
-    quick_train("--data", voc, epochs=1)
-    args, _ = train.read_settings(["--resume", "run", "--steps", "10000"])
+    args, _ = train.read_settings(["--resume", "run", "--steps", "10000"])  # as many as by default
     assert (args.epochs, args.steps) == (None, 10_000)
 
 
@@ -331,25 +233,7 @@ def test_a_run_goes_on_with_the_columns_that_it_has(voc):
     assert first["val_mean_iou"] == old["val_mean_iou"] and second["val_loss"] > 0
 
 
-def test_a_full_gpus_run_goes_on_with_a_smaller_batch(voc):
-    quick_train("--data", voc, epochs=1)
-    call(train, "--resume", "run", "--epochs", 2, "--batch-size", 3)
-    steps = {s["step"].item() for s in state_of("run/last.pt")["optimizer"]["state"].values()}
-    assert steps == {2 + 1}
-
-
-def test_the_newest_run_is_the_one_that_was_trained_last():
-    for name, second in (("old/best.pt", 3), ("old/last.pt", 4), ("new/best.pt", 2)):
-        path = Path("runs", name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        os.utime(path, (second, second))
-    assert utils.find_checkpoint(None) == Path("runs/old/best.pt")
-    assert utils.find_checkpoint(None, "last.pt") == Path("runs/old/last.pt")
-    assert utils.find_checkpoint(Path("runs/new")) == Path("runs/new/best.pt")
-
-
-def test_checkpoints_that_cannot_be_gone_on_with_are_refused(voc, monkeypatch):
+def test_checkpoints_that_cannot_be_gone_on_with_are_refused(voc):
     quick_train("--data", voc, epochs=1)
     with pytest.raises(utils.UserError, match="best.pt: is no last.pt of this train.py; start"):
         call(train, "--resume", "run/best.pt")
@@ -357,42 +241,6 @@ def test_checkpoints_that_cannot_be_gone_on_with_are_refused(voc, monkeypatch):
     Path("two/classes.txt").write_text("background\ncat")
     with pytest.raises(utils.UserError, match="two: has other classes than the run had"):
         call(train, "--resume", "run", "--epochs", 2, "--data", "two")
-    monkeypatch.delitem(models.MODELS, "small")
-    with pytest.raises((SystemExit, models.ModelError)):
-        call(train, "--resume", "run", "--epochs", 2)
-
-
-def test_another_optimizers_run_is_restored_and_all_its_groups_get_the_rate(voc, monkeypatch):
-    def two_groups(parameters, lr, weight_decay, fused):
-        first, *rest = parameters
-        return torch.optim.SGD([{"params": [first]}, {"params": rest}], lr, momentum=0.9)
-
-    monkeypatch.setattr(torch.optim, "AdamW", two_groups)
-    quick_train("--data", voc, "--cosine", epochs=1)
-    call(train, "--resume", "run", "--epochs", 2)
-    rates = [group["lr"] for group in state_of("run/last.pt")["optimizer"]["param_groups"]]
-    assert rates[0] == rates[1] < 1e-3
-
-
-def test_adams_moments_take_the_layout_of_the_weights_they_belong_to(voc):
-    """A checkpoint of a device that keeps another layout goes on as one of this device would."""
-    quick_train("--data", voc, epochs=1)
-    last = state_of("run/last.pt")
-    parameter = next(i for i, p in enumerate(last["trained"].values()) if p.ndim == 4)
-    moments = last["optimizer"]["state"]
-    assert not moments[parameter]["exp_avg"].is_contiguous()
-    for state in moments.values():
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = state[name].contiguous()
-    Path("moved").mkdir()
-    for name in ("best.pt", "last.pt"):
-        torch.save(last, f"moved/{name}")
-    for run in ("run", "moved"):
-        call(train, "--resume", run, "--epochs", 2)
-    assert same_weights("run/last.pt", "moved/last.pt")
-
-
-# -------------------------------------------------------------------- the networks' starts
 
 
 @pytest.fixture(scope="session")
@@ -433,25 +281,11 @@ def test_each_network_trains_scores_and_predicts(
     monkeypatch.setenv("TORCH_HOME", str(voc))
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)
     call(evaluate, "run/best.pt", "--void-as-background", "--out", "scores")
-    metrics = read_scores("scores")
+    metrics = conftest.read_scores("scores")
     assert 0 <= metrics["mean_iou"] < 1 and 0 < metrics["pixel_accuracy"] < 1
     image = voc / "VOCdevkit/VOC2007/JPEGImages/val_0.jpg"
     call(predict, image, "--checkpoint", "run/best.pt")
     assert Image.open("predictions/val_0_mask.png").size == Image.open(image).size
-
-
-def test_pretrained_encoders_start_from_torchvisions_file(
-    voc, trained_encoders, monkeypatch, no_last
-):
-    monkeypatch.setenv("TORCH_HOME", str(trained_encoders))
-    quick_train("--data", voc, "--lr", 0, epochs=1, model="resnet34_fcn")
-    weights = torch.load(trained_encoders / "hub/checkpoints/resnet34-b627a593.pth")
-    state = state_of("run/best.pt")["state_dict"]
-    # With a learning rate of 0 it is still what the file has after an epoch.
-    assert torch.equal(state["encoder.stem.0.weight"], weights["conv1.weight"])
-    for name in ("0.conv1.weight", "1.bn2.weight"):
-        assert torch.equal(state[f"encoder.layers.3.{name}"], weights[f"layer4.{name}"])
-    assert not (state["decoder.0.2.running_mean"] == 0).all()
 
 
 def test_without_network_the_error_says_where_the_weights_go(tmp_path, voc):
@@ -470,9 +304,6 @@ def test_encoder_weights_of_another_network_are_refused(voc):
     with pytest.raises(utils.UserError, match="run/best.pt: none of its tensors fits .*darrennet"):
         quick_train(*flags, name="other", model="darrennet")
     assert not Path("other").exists()
-    torch.save({1: torch.zeros(2)}, "numbers.pt")
-    with pytest.raises(utils.UserError, match="numbers.pt: .*; it is not for small"):
-        quick_train("--data", voc, "--encoder-weights", "numbers.pt", name="other")
 
 
 def test_a_fine_tuned_network_says_what_its_weights_had_learned_from(voc, capsys):
@@ -490,9 +321,6 @@ def test_a_fine_tuned_network_says_what_its_weights_had_learned_from(voc, capsys
     assert "was trained on" not in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------- the arithmetic
-
-
 def test_cosine_is_pytorchs_annealing_by_the_step(voc, monkeypatch):
     rates, weights, modes = [], [], []
     augment, criterion = data.augment, train.criterion
@@ -503,12 +331,8 @@ def test_cosine_is_pytorchs_annealing_by_the_step(voc, monkeypatch):
             super().step()
 
     monkeypatch.setattr(torch.optim, "AdamW", Recording)
-    monkeypatch.setattr(
-        data, "augment", lambda i, m, mode, size: (modes.append(mode), augment(i, m, mode, size))[1]
-    )
-    monkeypatch.setattr(
-        train, "criterion", lambda x, y, w: (weights.append(w), criterion(x, y, w))[1]
-    )
+    monkeypatch.setattr(data, "augment", lambda *a: (modes.append(a[2]), augment(*a))[1])
+    monkeypatch.setattr(train, "criterion", lambda *a: (weights.append(a[2]), criterion(*a))[1])
     flags = ("--augment", "flip", "--class-weights", "median", "--cosine", "--lr", 0.01)
     quick_train("--data", voc, *flags, epochs=3)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.01)
@@ -542,7 +366,7 @@ def test_the_average_follows_the_weights_for_as_long_as_it_should():
 
 
 def test_the_average_is_what_is_scored_and_kept(voc):
-    flags = ("--data", voc, "--precision", "float32", "--lr", 0.01)
+    flags = ("--data", voc, "--augment", "--precision", "float32", "--lr", 0.01)
     quick_train(*flags, name="averaged")
     last = state_of("averaged/last.pt")
     dataset = data.VOC(voc, "val", size=32)
@@ -555,10 +379,6 @@ def test_the_average_is_what_is_scored_and_kept(voc):
     logged = last["history"][-1]
     assert logged["val_loss"] == pytest.approx(losses[0], rel=1e-5)
     assert logged["val_loss"] != pytest.approx(losses[1], rel=1e-4)
-    model = models.from_checkpoint(last)
-    with torch.inference_mode():
-        right = (model(data.normalize(dataset.images)).argmax(1) == labels)[labels != 255]
-    assert logged["val_pixel_accuracy"] == pytest.approx(right.float().mean().item())
     quick_train(*flags, "--ema", 0, name="plain")
     kept = {k: v for k, v in state_of("plain/last.pt")["state_dict"].items() if "num_b" not in k}
     assert all(torch.equal(value, last["trained"][name]) for name, value in kept.items())
@@ -581,99 +401,35 @@ def test_the_loss_is_pytorchs_mean_and_harmless_where_all_is_void():
     assert void == 0 and (gradient == 0).all()
 
 
-def dice(logits, masks, weights, ce=train.criterion):
-    """Cross-entropy and a Dice term, as a student would add it."""
-    labelled = (masks != 255)[:, None]
-    truth = F.one_hot(masks.long() % 255, logits.shape[1]).movedim(-1, 1) * labelled
-    shares = logits.float().softmax(1) * labelled
-    overlap = 2 * (shares * truth).sum() / (shares + truth).sum().clamp(min=1)
-    return ce(logits, masks, weights) + 1 - overlap
-
-
 def test_a_term_added_to_the_loss_counts_in_training_and_in_validation(voc, monkeypatch):
     flags = ("--data", voc, "--precision", "float32")
     quick_train(*flags, name="plain", epochs=1)
     ce = train.criterion
     monkeypatch.setattr(train, "criterion", lambda *batch: ce(*batch) + 3)
     quick_train(*flags, name="constant", epochs=1)
-    monkeypatch.setattr(train, "criterion", dice)
-    quick_train(*flags, name="dice", epochs=1)
-    plain, constant, more = (
-        state_of(f"{n}/last.pt")["metrics"] for n in ("plain", "constant", "dice")
-    )
+    plain, constant = (state_of(f"{name}/last.pt")["metrics"] for name in ("plain", "constant"))
     for column in ("train_loss", "val_loss"):
         assert constant[column] == pytest.approx(plain[column] + 3, rel=1e-5)
-        assert plain[column] + 0.3 < more[column] < plain[column] + 1.1
     assert same_weights("plain/last.pt", "constant/last.pt")
-    assert not same_weights("plain/last.pt", "dice/last.pt")
 
 
-def test_an_epoch_is_random_by_seed_epoch_and_process_alone(voc):
-    seen = []
-
-    class Seeing(Plain):
-        def forward(self, images):
-            seen.append(images.sum().item())
-            return super().forward(images)
-
-    args, _ = train.read_settings(
-        ["--data", str(voc), "--augment", "--size", "32", "--batch-size", "4"]
-    )
-    models.MODELS["small"], args.model = Seeing, "small"
-    run = train.Run(args, None, torch.device("cpu"))
+def test_an_epoch_is_random_by_seed_epoch_and_process_alone(voc, monkeypatch):
+    flags = ["--data", str(voc), "--model", "small", "--augment", "--batch-size", "4"]
+    args, _ = train.read_settings(flags)
+    run, seen, normalize = train.Run(args, None, torch.device("cpu")), [], data.normalize
+    monkeypatch.setattr(data, "normalize", lambda x: (seen.append(x), normalize(x))[1])
 
     def images_of(epoch, rank=0, processes=1, seed=0):
         seen.clear()
         run.rank, run.processes, args.seed = rank, processes, seed
         torch.rand(5)  # what was drawn before must not matter
         train.train_one_epoch(run, epoch)
-        return tuple(seen)
+        return seen[0].sum().item()
 
     first = images_of(1)
     assert images_of(1) == first
     others = {images_of(2), images_of(1, seed=1), images_of(1, 0, 2), images_of(1, 1, 2)}
-    assert len(others) == 4 and first not in others
-
-
-# ------------------------------------------------------------- precision, --compile, GPUs
-
-
-@pytest.mark.skipif(not fake_cuda(), reason="this PyTorch makes no fake CUDA tensors here")
-def test_a_step_on_a_gpu_waits_for_no_copy(monkeypatch):
-    """On fake CUDA tensors: an epoch of four steps has no more copies than one of two."""
-
-    def fake_set(count):
-        images = torch.empty(count, 3, 64, 64, dtype=torch.uint8, device="cuda")
-        masks = torch.empty(count, 64, 64, dtype=torch.uint8, device="cuda")
-        return SimpleNamespace(names=range(count), images=images, masks=masks)
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    items, counts = [], []
-    item = torch.Tensor.item
-    monkeypatch.setattr(
-        torch.Tensor, "item", lambda t: items.append(0.0) or 0.0 if t.is_cuda else item(t)
-    )
-    for images in (4, 8):
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            with torch.device("cuda"):
-                model, average = models.build_model("small"), models.build_model("small")
-
-            def backward(loss, model=model):  # the real one asks for a real GPU
-                for parameter in model.parameters():
-                    parameter.grad = torch.zeros_like(parameter)
-
-            monkeypatch.setattr(torch.Tensor, "backward", backward)
-            run = SimpleNamespace(
-                args=train.make_parser().parse_args(["--augment", "--cosine", "--size", "32"]),
-                device=torch.device("cuda"), rank=0, processes=1, batch_size=2, epochs=1,
-                train_set=fake_set(images), weights=torch.ones(21, device="cuda"), model=model,
-                forward=model, average=average, precision="float32",
-                optimizer=torch.optim.AdamW(model.parameters(), fused=True),
-            )  # fmt: skip
-            with Dispatched() as copies:
-                train.train_one_epoch(run, 1)
-            counts.append(copies.count)
-    assert counts[1] <= counts[0] <= 3 and len(items) == 2  # the order, constants; the mean loss
+    assert len({first, *others}) == 5
 
 
 def test_precision_is_what_was_asked_for(voc, monkeypatch, capsys):
@@ -738,9 +494,6 @@ def test_a_cuda_graph_learns_what_the_model_itself_learns(voc, monkeypatch, prec
         torch.testing.assert_close(graph[name], value, rtol=1e-2, atol=1e-3)
 
 
-# ------------------------------------------------------------------- networks of one's own
-
-
 class OwnPretrained(Plain):
     """A network that brings a part of its weights along, unless told not to, and says which."""
 
@@ -760,9 +513,8 @@ def test_a_plain_module_trains_resumes_scores_and_predicts(voc, monkeypatch):
     monkeypatch.setitem(models.MODELS, "plain", Plain)
     quick_train("--data", voc, "--augment", epochs=1, model="plain")
     call(train, "--resume", "run", "--epochs", 2)
-    assert [row["epoch"] for row in state_of("run/last.pt")["history"]] == [1, 2]
     call(evaluate, "run", "--out", "scores")
-    assert read_scores("scores")["model"] == "plain"
+    assert conftest.read_scores("scores")["model"] == "plain"
     call(predict, voc / "VOCdevkit/VOC2007/JPEGImages/val_0.jpg", "--checkpoint", "run/best.pt")
     assert Path("predictions/val_0_mask.png").exists()
 
@@ -785,7 +537,6 @@ def test_a_part_that_came_pretrained_is_not_initialised_again(voc, monkeypatch, 
     [
         (lambda x: x[..., ::2, ::2], r"\(1, 21, 16, 16\) .* should make logits \(1, 21, 32"),
         (lambda x: {"out": x}, r"makes dict of an image"),
-        (lambda x: x[:, :5], r"makes \(1, 5, 32, 32\)"),
     ],
 )
 def test_a_network_that_makes_something_else_is_refused_in_one_line(voc, monkeypatch, change, said):
@@ -797,16 +548,6 @@ def test_a_network_that_makes_something_else_is_refused_in_one_line(voc, monkeyp
     with pytest.raises(models.ModelError, match=said):
         quick_train("--data", voc, epochs=1, model="wrong")
     assert not Path("run").exists()
-
-
-def test_a_network_is_tried_at_the_size_that_it_is_for():
-    conv = torch.nn.Conv2d(3, 5, 3, 2, 1), torch.nn.ConvTranspose2d(5, 5, 2, 2)
-    models.check_output(torch.nn.Sequential(*conv), 5, 64)
-    with pytest.raises(models.ModelError, match=r"makes \(1, 5, 76, 76\) .* \(1, 5, 75, 75\)"):
-        models.check_output(torch.nn.Sequential(*conv), 5, 75)
-
-
-# ------------------------------------------------------------------------- a run's folder
 
 
 def test_of_runs_that_start_at_once_none_shares_a_folder():
@@ -826,37 +567,6 @@ def test_of_runs_that_start_at_once_none_shares_a_folder():
         assert sum(folder is not None for folder in pool.map(claim, range(24))) == 1
 
 
-def test_processes_that_start_at_once_do_not_share_one_either(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import train, time\n"
-    code += "time.sleep(max(0, float(sys.argv[1]) - time.time()))\n"
-    code += "args = train.make_parser().parse_args(['--model', 'fcn'])\n"
-    code += "print(*[train.claim_folder(args) for _ in range(50)], sep='\\n')"
-    Path("claim.py").write_text(code)
-    import time
-
-    from conftest import Process
-
-    started = [Process(tmp_path / "claim.py", time.time() + 1.5, cwd=tmp_path) for _ in range(3)]
-    folders = [line for process in started for line in check(process.wait()).split()]
-    assert len(folders) == len(set(folders)) == 150
-
-
-def test_an_empty_folder_that_is_there_is_fine(voc):
-    Path("run").mkdir()
-    quick_train("--data", voc, epochs=1)
-    with pytest.raises(utils.UserError, match="run: holds a run; --resume it, or choose another"):
-        quick_train("--data", voc, epochs=1)
-
-
-@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
-def test_checkpoints_that_are_there_are_not_written_over(voc, name):
-    Path("taken").mkdir()
-    Path("taken", name).write_text("another's")
-    with pytest.raises(utils.UserError, match="taken"):
-        quick_train("--data", voc, name="taken", epochs=1)
-    assert Path("taken", name).read_text() == "another's"
-
-
 def test_a_run_that_came_to_no_checkpoint_leaves_no_folder(voc, monkeypatch):
     def full(run, epoch):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -871,58 +581,6 @@ def test_a_run_that_came_to_no_checkpoint_leaves_no_folder(voc, monkeypatch):
     assert os.listdir("mine") == ["notes.txt"]
 
 
-def test_a_log_that_a_spreadsheet_has_open_does_not_end_the_run(voc, monkeypatch, capsys):
-    opened = []
-
-    def locked(path, *args, **options):
-        if str(path).endswith("log.csv"):
-            opened.append(path)
-            if len(opened) == 1:
-                raise PermissionError(13, "Permission denied", "log.csv")
-        return open(path, *args, **options)
-
-    monkeypatch.setattr(train, "open", locked, raising=False)
-    quick_train("--data", voc, epochs=2)
-    assert "'log.csv'; close it: the next validation writes all rows" in capsys.readouterr().out
-    assert [row["epoch"] for row in read_rows("run/log.csv")] == [1, 2]
-
-
-def test_a_clock_that_stands_still_divides_nothing_by_zero(voc, monkeypatch):
-    """Windows' clock may show the same time before and after an epoch."""
-    for name in ("monotonic", "perf_counter"):
-        monkeypatch.setattr(f"time.{name}", lambda: 5.0)
-    quick_train("--data", voc, epochs=1)
-    call(evaluate, "run")
-
-
-def test_one_class_alone_is_said(voc, monkeypatch, capsys):
-    cm = torch.zeros(21, 21, dtype=torch.int64)
-    cm[:, 0] = 5
-    monkeypatch.setattr(train, "validate", lambda run: (1.0, cm))
-    quick_train("--data", voc, epochs=1)
-    printed = capsys.readouterr().out
-    assert "so far every pixel is labelled background" in printed
-    assert re.search(
-        r"^epoch 1/1  loss \d.* mIoU 0.0023  accuracy 4.8%  predicts 1/21", printed, re.M
-    )
-
-
-# ------------------------------------------------------------------------------ the command
-
-
-def test_help_comes_in_three_groups_and_explains_every_flag(tmp_path):
-    printed = check(run_script("train.py", "--help", cwd=tmp_path))
-    assert [line for line in printed.splitlines() if line in ("everyday:", "training:", "machine:")]
-    for action in train.make_parser()._actions:
-        assert action.help, action.option_strings
-
-
-def test_the_scripts_import_late_what_is_slow_to_import():
-    code = (
-        f"import sys\nsys.path.append({str(REPOSITORY)!r})\nimport predict, train, evaluate\n"
-        "print([m for m in ('torchvision', 'matplotlib', 'torch._dynamo') if m in sys.modules])"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert printed.stdout.strip() == "[]"
+def test_help_explains_every_flag(tmp_path):
+    assert "python train.py --resume" in check(run_script("train.py", "--help", cwd=tmp_path))
+    assert all(action.help for action in train.make_parser()._actions)

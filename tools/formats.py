@@ -27,14 +27,15 @@ JPEGS = {".jpg", ".jpeg", ".jfif"}
 IMAGE_WORDS = "images image imgs img jpegimages pictures photos leftimg input original stillsraw"
 MASK_WORDS = (
     "segmentationclasspng segmentationclass segmentationclassaug machine manual trimaps masks mask "
-    "labels label annotations annotation annot gts gt groundtruth truth segmentation "
+    "labels label annotations annotation annot ann gts gt groundtruth truth segmentation "
     "labeledapproved"
 )
 OTHER_WORDS = (
-    "segmentationclassnpy segmentationclassvisualization segmentationobject human overlays"
+    "segmentationclassnpy segmentationclassvisualization segmentationobject human overlays "
+    "nd"  # DRIVE's 2nd_manual, another's masks of the same images
 )
 # What precedes or follows an image's name in its mask's name, or in its own.
-MASK_ENDS = "masks?|segmentations?|seg|labels?|gt|l|manual|annotation|groundtruth"
+MASK_ENDS = "masks?|segmentations?|seg|labels?|gt|l|manual|anno|annotation|groundtruth"
 ENDS = f"{MASK_ENDS}|training|test|images?|img|sat|rgb|leftImg8bit|gtFine|labelIds|labelTrainIds"
 BACKGROUNDS = "background bg sky other void unlabeled unlabelled ignore"
 CAMVID = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
@@ -129,12 +130,13 @@ def describe(folder, path):
     """
     role, place = "", []
     for part in path.relative_to(folder.root).parts[:-1]:
-        found, split = set(words(part)), split_of(part)
+        apart = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", part)  # PedMasks
+        found, split = {*words(part), *words(apart)}, split_of(part) or split_of(apart)
         kinds = [rank for rank, word in enumerate(MASK_WORDS.split()) if word in found]
         kinds += ["image"] if found & set(IMAGE_WORDS.split()) else []
         kinds = ["other"] if found & set(OTHER_WORDS.split()) else kinds
         role = kinds[0] if kinds else role
-        if split and (kinds or len(found) == 1):
+        if split and (kinds or len(words(part)) == 1):
             place.append(f"{split}/")
         elif not kinds:
             place.append(part)
@@ -197,10 +199,14 @@ def find_pairs(folder, export):
     if not images:
         how = "export it with its images (in CVAT: Save images), or put them into images/"
         raise DataError(folder.root, "has masks, but no images", how)
-    pairs = {i: m for found in read_lists(folder, images).values() for i, m in found if m}
+    listed = [pair for found in read_lists(folder, images).values() for pair in found]
+    pairs = {image: mask for image, mask in listed if mask}
     blank, how = export.blank and not pairs, "lists" if pairs else "names"
-    if not pairs:
-        pairs = max((match(folder, images, masks) for masks in groups.values()), key=len)
+    kinds = [match(folder, images, masks) for masks in groups.values()]
+    used = {*pairs.values()}  # VOC's train_aug.txt has a second column, val.txt has none
+    named = max(kinds, key=lambda kind: (len(used & {*kind.values()}), len(kind)), default={})
+    bare = {image for image, _ in listed if used} or named.keys()
+    pairs = {image: named[image] for image in named if image in bare} | pairs
     if not pairs:
         some = ", ".join(path.name[:30] for masks in groups.values() for path in sorted(masks)[:2])
         what = f"no mask ({some}) is called like an image ({images[0].name[:30]})"
@@ -223,7 +229,8 @@ def read_lists(folder, images):
     images, lists = set(images), {}
     for path in folder.named(r".*\.(txt|lst)"):
         split, exact, pairs, lost = split_of(path.stem), len(words(path.stem)) == 1, [], []
-        if path.stem in ("trainval", "default") or path.parent.name in ("labels", "Main"):
+        other = path.parent.name in ("labels", "Main", "Action", "Layout")  # of VOC's
+        if path.stem in ("trainval", "default") or other:
             continue
         for line in data.read_lines(path) if split or path.parent.name == "Segmentation" else ():
             image = mask = None
@@ -267,6 +274,8 @@ def settle(folder, items):
         if len(names) == len(items):
             return
     twice = next(paths for paths in names.values() if len(paths) > 1)
+    if twice[0] == twice[1]:
+        raise DataError(twice[0], "has outlines in two places", "delete one of the two")
     raise DataError(twice[0], f"would be called like {twice[1]}", "rename one of the two")
 
 
@@ -386,7 +395,7 @@ def understand(folder, export, found, paths):
     elif not table and two and grays <= {0, VOID}:
         print("masks have 0 and 255 alone: 255 is taken for class 1, not for void")
         table |= {0: 0, VOID: 1}
-    elif not table and two and len(grays) > 3 and middle < 0.05 * found.total():
+    elif not table and two and high > 207 and middle < 0.05 * found.total():
         print("masks have 0, 255 and soft edges: from 128 on they are taken for class 1")
         table |= {value: int(value > 127) for value in range(256)}
     elif not table:
@@ -398,6 +407,9 @@ def understand(folder, export, found, paths):
         if high == len(names) > 0 and not named_like(names[0], BACKGROUNDS):
             print(f"{export.where} has no line for the value 0: it is called background")
             names = ["background", *names]
+        if not names:
+            some = ", ".join(str(value) for value in sorted(grays))
+            print(f"values are taken for classes, {VOID} for void; masks have {some[:80]}")
         names = names or ["background", *(f"class_{i}" for i in range(1, max(2, high + 1)))]
         table |= {value: value for value in (*range(len(names)), VOID)}
     table |= {(key,) * 3: table[key] for key in list(table) if thrice and isinstance(key, int)}
@@ -418,7 +430,13 @@ def draw(size, shapes, table):
     canvas = Image.new("L", size)
     pen = ImageDraw.Draw(canvas)
     for name, kind, what in shapes:
+        if name not in table:
+            raise ValueError(f"{name} is no class by the export's list")
         label = table[name]
+        if kind == "code" and size != (what["size"][1], what["size"][0]):
+            raise ValueError(f"run lengths are for {what['size']}, and not for {size[::-1]}")
+        if kind not in ("code", "picture") and not np.all(np.abs(what) < 1e6):
+            raise ValueError(f"a point of {name} is far outside")
         if kind == "code":
             canvas.paste(label, mask=Image.fromarray(run_lengths(what)))
         elif kind == "picture":
@@ -430,8 +448,9 @@ def draw(size, shapes, table):
             pen.rectangle([*np.min(what, 0), *np.max(what, 0)], fill=label)
         elif kind == "circle":  # the centre, and a point of the edge
             pen.circle(what[0], np.hypot(*np.subtract(*what)), fill=label)
-        elif kind in ("line", "linestrip", "point"):  # as wide as labelme draws them
+        elif kind in ("line", "linestrip"):  # as wide as labelme draws them
             pen.line([tuple(point) for point in what], fill=label, width=10)
+        elif kind == "point":
             pen.circle(what[0], 5, fill=label)
         elif len(what) > 2:
             scale = size if kind == "shares" else (1, 1)
@@ -468,9 +487,10 @@ def read_json(path):
 def find_image(folder, path, name, split=""):
     """Return the image that a JSON file names, from where the file lies, or else by its name."""
     near = Path(os.path.abspath(path.parent / name.replace("\\", "/")))
-    found = near if near.is_file() else folder.find(name, split)
+    inside = near in folder.index.get(normal(near.name), ())
+    found = near if inside else folder.find(name, split)
     if not found:
-        raise DataError(path, f"its image {name} is not there", "put the images beside it")
+        raise DataError(path, f"its image {name} is not in SOURCE", "put the images beside it")
     return found
 
 
@@ -486,16 +506,20 @@ def coco(folder):
                 raise DataError(path, "has no images and annotations", "export it again")
             continue
         with data.blame(path, "export it again, as COCO's JSON for segmentation"):
-            kinds = {each["id"]: each["name"] for each in file["categories"]}
-            shapes, used = {each["id"]: [] for each in file["images"]}, set()
+            kinds = {each["id"]: str(each["name"]) for each in file["categories"]}
+            shapes, used = {str(each["id"]): [] for each in file["images"]}, set()
             for each in sorted(file["annotations"], key=lambda each: -(each.get("area") or 0)):
                 parts, name = each["segmentation"], kinds[each["category_id"]]
                 if not parts:
                     raise ValueError(f"annotation {each['id']} is a box and has no outline")
-                for part in [parts] if isinstance(parts, dict) else parts:
+                alone = isinstance(parts, dict) or isinstance(parts[0], (int, float))  # VIA's
+                for part in [parts] if alone else parts:
                     is_code = isinstance(part, dict)
+                    if not is_code and len(part) % 2:
+                        raise ValueError(f"annotation {each['id']} has an x without a y")
                     what = part if is_code else [*zip(part[::2], part[1::2])]
-                    shapes[each["image_id"]].append((name, "code" if is_code else "polygon", what))
+                    shape = name, "code" if is_code else "polygon", what
+                    shapes[str(each["image_id"])].append(shape)
                 used.add(each["category_id"])
             # Roboflow's first category is named for the project, and nothing belongs to it.
             parents = {each.get("supercategory") for each in file["categories"]}
@@ -503,7 +527,7 @@ def coco(folder):
             for each in file["images"]:
                 image = find_image(folder, path, each["file_name"], split)
                 size = each["width"], each["height"]
-                items.append(Item(image, shapes[each["id"]], size, {split} - {""}))
+                items.append(Item(image, shapes[str(each["id"])], size, {split} - {""}))
     return Export(items, background_first(names), {}, "the categories") if items else None
 
 
@@ -522,7 +546,7 @@ def labelme(folder):
                 kind, what = each.get("shape_type"), each["points"]
                 if each.get("mask"):
                     kind, what = "picture", (each["mask"], what[0])
-                shapes.append((each["label"], kind, what))
+                shapes.append((str(each["label"]), kind, what))
         names += [name for name, _, _ in shapes]
         items.append(Item(find_image(folder, path, name), shapes, size if all(size) else None))
     lists = folder.named(r"(labels|class_names|classes)\.txt") if items else []
@@ -534,8 +558,9 @@ def read_yaml_names(path):
     """Return the names in a YOLO data.yaml: a list or a map, in brackets or a line each."""
     with data.blame(path, "write the classes as  names: [first, second]"):
         text = path.read_text(encoding="utf-8-sig")
-    match = re.search(r"^names[ \t]*:(.*(?:\n(?:[\s\-\]}#].*)?)*)", text, re.MULTILINE)
-    text = re.sub(r"(^|\s)#.*", r"\1", match[1] if match else "").strip()
+    match = re.search(r"^names[ \t]*:(.*(?:\n(?:[ \t\-\]}#].*)?)*)", text, re.MULTILINE)
+    text = match[1] if match else ""
+    text = re.sub(r"('[^'\n]*'|\"[^\"\n]*\")|(^|\s)#.*", r"\1\2", text).strip()
     value = r"'(?:[^']|'')*'|\"[^\"]*\"|[^\s,\[\]{}'\"][^,\[\]{}\n]*"
     if text[:1] not in ("[", "{"):  # a line each, with a hyphen or a number
         value = r"'(?:[^']|'')*'|\"[^\"]*\"|[^\s'\"].*"
@@ -559,6 +584,8 @@ def yolo(folder):
         for line in data.read_lines(path) if path else ():
             with data.blame(path, "a line is: class x y x y x y ..., in shares of the size"):
                 label, *numbers = map(float, line.split())
+                if len(numbers) % 2 or not all(-0.5 <= number <= 1.5 for number in numbers):
+                    raise ValueError(f"has no points in shares of the size: {line[:60]}")
             if len(numbers) == 4:
                 raise DataError(path, "has boxes, no outlines", "export it for segmentation")
             shapes.append((int(label), "shares", [*zip(numbers[::2], numbers[1::2])]))
@@ -621,20 +648,21 @@ def cityscapes(folder):
 
 
 def data_sets(folder):
-    """ADE20K, Oxford-IIIT Pet or SegNet's CamVid: known by a file, or a folder's name."""
+    """a known data set: ADE20K, Oxford-IIIT Pet or SegNet's CamVid."""
     parents = {path.parent.name for path in folder.pictures}
     infos = folder.named(r"objectInfo150\.txt")
     if infos or any("ADEChallengeData2016" in path.parts for path in folder.pictures):
-        names = [f"class_{i}" for i in range(1, 151)]  # 1 is the first; 0 is void
+        names, where = [f"class_{i}" for i in range(1, 151)], "ADE20K's numbers"
         if infos:
             names = [line.split("\t")[-1].strip() for line in data.read_lines(infos[0])[1:]]
-        table = {0: VOID} | {i + 1: i for i in range(len(names))}
-        return Export(None, names, table, "objectInfo150.txt")
+            where = "ADE20K's objectInfo150.txt"
+        table = {0: VOID} | {i + 1: i for i in range(len(names))}  # 1 is the first; 0 is void
+        return Export(None, names, table, where)
     if "trimaps" in parents:  # 3 is the border between an animal (1) and the background (2)
-        return Export(None, ["background", "animal"], {1: 1, 2: 0, 3: VOID}, "the data set")
+        return Export(None, ["background", "animal"], {1: 1, 2: 0, 3: VOID}, "Oxford-IIIT Pet")
     if "trainannot" in parents and not folder.named(CLASS_FILES):
         table = {i: i for i in range(11)} | {11: VOID, VOID: VOID}
-        return Export(None, CAMVID.split(), table, "the data set")
+        return Export(None, CAMVID.split(), table, "SegNet's CamVid")
 
 
 def mask_files(folder):

@@ -45,10 +45,17 @@ from formats import (
 )
 
 import data
+import utils
 from data import VOID, DataError
 
 PALETTE = np.array(data.color_map(256), np.uint8).tobytes()  # of the masks that are written
 RGB_WEIGHTS = np.array([65536, 256, 1], np.int32)  # make one number of a colour
+HINTS = {  # what to do about files that prepare.py does not read
+    "json": "export it as COCO's or labelme's JSON, or as masks",
+    "csv": "decode run lengths (Kaggle) into masks/NAME.png",
+    "xml": "boxes are no outlines: draw these in labelme",
+    "mat": "write masks/NAME.png of the .mat files, by scipy.io.loadmat",
+}
 TURNS = {5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF's orientations
 
 
@@ -59,14 +66,21 @@ def open_export(folder, void):
         if export:
             break
     else:
-        some = ", ".join(sorted({str(p.relative_to(folder.root)) for p in folder.files})[:4])
+        kinds = {(p.parent, p.suffix): str(p.relative_to(folder.root)) for p in folder.files}
+        some = ", ".join([*kinds.values()][:4]) or "nothing at all"
+        what = f"has no known masks or outlines, but {some}"
         how = "put a.jpg into images/ and its mask a.png into masks/, and write classes.txt"
-        how = "decode run lengths (Kaggle) into masks/NAME.png" if folder.named(r".*\.csv") else how
-        how = "boxes are no outlines: draw these in labelme" if folder.named(r".*\.xml") else how
-        raise DataError(folder.root, f"has no known masks or outlines, but {some}", how)
+        for kind, hint in HINTS.items():
+            how = hint if folder.named(rf".*\.{kind}") else how
+        how = how if folder.pictures or not folder.files else "put the images beside these files"
+        raise DataError(folder.root, what, how)
     print(f"{folder.root}: {read.__doc__.split(':')[0].split(',')[0]}; classes: {export.where}")
     if export.items is None:
         find_pairs(folder, export)
+    elif not any(isinstance(item.mask, Path) for item in export.items):
+        left = set(folder.pictures) - {item.image for item in export.items}
+        if left:
+            print(f"{len(left)} images, such as {min(left).name}, have no outlines: left out")
     settle(folder, export.items)
     paths = [item.mask for item in export.items if isinstance(item.mask, Path)]
     if paths:
@@ -85,7 +99,7 @@ def open_export(folder, void):
         print(f"the value {void} ({gone}) is void; classes from 0: {', '.join(export.names[:5])}")
     names = export.names
     if not 2 <= len({*names}) == len(names) <= VOID:  # as `data.read_classes` will say, but early
-        what = f"has {len(names)} classes ({', '.join(names[:3])} ...)"
+        what = f"has {len(names)} classes by {export.where} ({', '.join(names[:3])} ...)"
         raise DataError(folder.root, what, f"2 to {VOID} different ones are needed")
     return export
 
@@ -124,8 +138,9 @@ def open_image(path, white=None, decode=False):
             file.format in ("JPEG", "MPO"),
         )
         frames = 1 if is_jpeg else getattr(file, "n_frames", 1)
-        try:  # a JPEG has 8 bits, and is linked without a look at its pixels
-            picture = data.load_image(path) if decode or not is_jpeg else None
+        try:  # a JPEG has 8 bits, and is linked without a look at its pixels if it is whole
+            decode = decode or not is_jpeg or not is_whole(path)
+            picture = data.load_image(path) if decode else None
             picture = None if path.suffix.lower() in data.IMAGE_SUFFIXES else picture
         except DataError:
             if not white:
@@ -136,6 +151,13 @@ def open_image(path, white=None, decode=False):
             values = np.nan_to_num(values * (255 / white)).clip(0, 255).round()
             picture = Image.fromarray(values.astype(np.uint8))
     return picture, size[::-1] if turn in TURNS else size, turn, frames
+
+
+def is_whole(path):
+    """Return whether a file ends as a JPEG does; one that was cut off does not."""
+    with path.open("rb") as file:
+        file.seek(-2, os.SEEK_END)
+        return file.read() == b"\xff\xd9"
 
 
 def lower_half(path):
@@ -354,5 +376,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
-    sys.exit(main())
+    utils.cli(main)  # in one line: no room, no rights; Ctrl-C, after which nothing is left
