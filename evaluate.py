@@ -132,12 +132,17 @@ def score_checkpoint(path, checkpoint, about, dataset, args, device):
     if seen:
         some = f"{len(seen)} of these {count} images"
         print(f"{path}: was trained on {some}, by their names: on others it is less good")
-    values = [None if math.isnan(value) else value for value in utils.iou(cm).tolist()]
+    by_class = {"iou": utils.iou(cm), "dice": utils.dice(cm)}
+    for name, values in by_class.items():  # JSON has no NaN
+        values = [None if math.isnan(value) else value for value in values.tolist()]
+        by_class[name] = dict(zip(dataset.classes, values))
     metrics = {
         "mean_iou": utils.mean_iou(cm),
         "pixel_accuracy": utils.pixel_accuracy(cm),
+        "mean_accuracy": utils.mean_accuracy(cm),
+        "mean_dice": utils.dice(cm).nanmean().item(),
         "frequency_weighted_iou": utils.frequency_weighted_iou(cm),
-        "iou": dict(zip(dataset.classes, values)),
+        **by_class,
         **about,
         "images": count,
         "images_trained_on": len(seen),
@@ -174,9 +179,10 @@ def evaluate(path, checkpoint, about, dataset, args, device):
     print(f"{path}: {metrics['model']}, epoch {metrics['epoch']}")
     print(f"{len(dataset.names)} images of split {metrics['split']} of {metrics['data']}")
     print(f"{metrics['protocol']}\n")
-    for name, value in metrics["iou"].items():
-        print(f"{name:<16}{math.nan if value is None else value:8.4f}")
-    for key in ("mean_iou", "pixel_accuracy", "frequency_weighted_iou"):
+    print(f"{'class':<16}{'IoU':>8}{'Dice':>8}")
+    for name, iou, dice in zip(dataset.classes, utils.iou(cm), utils.dice(cm)):
+        print(f"{name:<16}{iou:8.4f}{dice:8.4f}")
+    for key in [key for key, value in metrics.items() if isinstance(value, float)]:
         print(f"{key.replace('_', ' '):<24}{metrics[key]:.6f}")
 
     write_json(out / "metrics.json", metrics)
@@ -328,6 +334,8 @@ def main(argv=None):
     # All are read first, so that a wrong one among them is found before the first is
     # scored.
     checkpoints = [utils.load_checkpoint(path) for path in paths]
+    for checkpoint in checkpoints:
+        models.from_checkpoint(checkpoint)  # raises where weights and network do not fit
     evaluations = [describe(path, checkpoint, args) for path, checkpoint in zip(paths, checkpoints)]
     if len(paths) > 1:
         compare(paths, checkpoints, evaluations, args, device)

@@ -86,10 +86,10 @@ def images_in(folder):
 
 def output_names(paths):
     """Return a name for each image's outputs: its stem, numbered where another had it before."""
-    names = {}  # {lower case: name}, since to some file systems a and A are the same
+    names, candidates = {}, {}  # by lower case, since to some file systems a and A are the same
     for path in paths:
-        candidates = (candidate.name for candidate in utils.numbered(Path(path.stem)))
-        name = next(name for name in candidates if name.lower() not in names)
+        numbered = candidates.setdefault(path.stem.lower(), utils.numbered(Path(path.stem)))
+        name = next(each.name for each in numbered if each.name.lower() not in names)
         names[name.lower()] = name
     return list(names.values())
 
@@ -132,7 +132,7 @@ def overlay(image, mask, classes):
     entries = [f"{names[c]} {share:.1%}" for c, share in shares.items()]
     size = max(12, min(image.size) // 25)
     font = utils.load_font(size)
-    width = int(3 * size + max(font.getlength(entry) for entry in entries))  # of an entry
+    width = int(3 * size + max([0, *map(font.getlength, entries)]))  # of an entry
     columns = max(1, image.width // width)
     rows = -(-len(entries) // columns)
     canvas_size = (max(image.width, width), image.height + rows * 2 * size)

@@ -104,7 +104,7 @@ def read_settings(argv):
     if args.resume == "newest" and args.out and not (args.out / "last.pt").exists():
         return args, None  # --out DIR --resume starts the run that it later goes on with
     if not args.resume:
-        if args.out and (args.out / "settings.json").exists():
+        if args.out and (any(args.out.glob("*.pt")) or (args.out / "settings.json").exists()):
             raise utils.UserError(f"{args.out}: holds a run; --resume it, or choose another --out")
         return args, None
 
@@ -119,7 +119,7 @@ def read_settings(argv):
     stored = {name: value for name, value in stored.items() if name in vars(args)}
     parser.set_defaults(**stored, out=path.parent)  # what is not typed again stays as it was
     args = parser.parse_args(argv)
-    if args.steps != stored["steps"] and args.epochs == stored["epochs"]:
+    if any(str(word).startswith("--st") for word in argv or sys.argv):
         args.epochs = None  # --steps was typed
     free = {"data", "steps", "epochs", "patience", "batch_size", "device", "precision", "compile"}
     changed = [name for name in stored.keys() - free if getattr(args, name) != stored[name]]

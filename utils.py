@@ -79,6 +79,21 @@ def pixel_accuracy(cm):
     return (cm.diag().sum() / cm.sum()).item()
 
 
+def mean_accuracy(cm):
+    """Return the mean over the true classes of the share of their pixels that is right, a float."""
+    cm = cm.cpu().double()
+    return (cm.diag() / cm.sum(1)).nanmean().item()
+
+
+def dice(cm):
+    """Return each class's Dice coefficient from a confusion matrix, float64 (C,), 0 to 1.
+
+    2 TP / (2 TP + FP + FN), also called F1; NaN for a class in neither truth nor prediction.
+    """
+    cm = cm.cpu().double()
+    return 2 * cm.diag() / (cm.sum(0) + cm.sum(1))
+
+
 def frequency_weighted_iou(cm):
     """Return the mean of `iou` weighted by each class's share of the true pixels, a float.
 
@@ -187,8 +202,8 @@ def to_device(model, device):
 # -------------------------------------------------------------------------- checkpoints
 
 
-# What a checkpoint must have: train.py adds `data`, `images` (names) and `args`
-# (settings), and to last.pt all that resuming needs.
+# What is in a checkpoint, with its kind. The last six may be missing; train.py writes the first
+# three of these into best.pt, all of them into last.pt.
 KEYS = {
     "model": str,  # a name in models.MODELS
     "options": dict,  # what its constructor was given
@@ -198,7 +213,14 @@ KEYS = {
     "state_dict": dict,
     "epoch": int,
     "metrics": dict,
+    "data": str,
+    "images": dict,  # names of those learned from, and validated on
+    "args": dict,
+    "trained": dict,
+    "optimizer": dict,
+    "history": list,
 }
+MISSING = {"data": "", "images": {}, "args": {}, "trained": {}, "optimizer": {}, "history": []}
 
 
 def save_checkpoint(path, checkpoint):
@@ -236,7 +258,7 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: does not exist; a run has one after its first validation") from error
+        raise UserError(f"{path}: does not exist; a run's first validation makes it") from error
     except Exception as error:  # torch.load raises many kinds for files that it cannot read
         said = f"{path}: is no file of tensors alone ({type(error).__name__})"
         raise UserError(f"{said}; give a best.pt that train.py wrote") from error
@@ -248,7 +270,7 @@ def load_checkpoint(path):
     Raises UserError where the file is missing or is no such checkpoint.
     """
     checkpoint = read_tensors(path)
-    values = checkpoint if isinstance(checkpoint, dict) else {}
+    values = MISSING | checkpoint if isinstance(checkpoint, dict) else {}
     wrong = [key for key, kind in KEYS.items() if not isinstance(values.get(key), kind)]
     if wrong:
         raise UserError(f"{path}: is no checkpoint of train.py ({wrong[0]} is missing or strange)")

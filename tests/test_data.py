@@ -203,9 +203,9 @@ def test_transparent_pixels_of_png_and_webp_show_white(tmp_path):
 def test_the_last_band_of_a_tiff_is_left_out_and_that_is_said_once(tmp_path, capsys, mode):
     """It may be near infrared; those of CMYK are colours."""
     pixels = np.array([TRANSPARENT], np.uint8)
-    image = Image.fromarray(pixels if mode == "RGBA" else pixels[..., 1:3].copy())
+    image = Image.fromarray(pixels[..., 1:3].copy() if mode == "LA" else pixels)
     if mode == "CMYK":
-        image = Image.fromarray(pixels, "RGBX").convert("RGB").convert("CMYK")
+        image = Image.fromarray(pixels[..., :3].copy()).convert("CMYK")
     expected = {"LA": [[20] * 3, [0] * 3, [0] * 3]}.get(mode, [p[:3] for p in TRANSPARENT])
     for name in ("a.tif", "b.tiff"):
         image.save(tmp_path / name)

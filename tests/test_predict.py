@@ -191,12 +191,12 @@ def test_two_images_with_one_name_are_both_kept(capsys):
         photo(f"{folder}/{folder}.jpg", color, size=(40, 60))
     photo("one/SAME.jpg", "lime", size=(50, 50))
     segment("one", "two", "one/one.jpg")  # a file that is given twice is one more image
-    stems = ["SAME", "one", "one-2", "same-2", "same-3", "two"]
+    stems = ["SAME", "one", "one-2", "SAME-2", "SAME-3", "two"]
     written = sorted(os.listdir("predictions"))
     assert written == sorted(f"{stem}_{kind}.png" for stem in stems for kind in ("mask", "overlay"))
     labels = [np.unique(mask_of(f"predictions/{stem}_mask.png")).tolist() for stem in stems]
     assert labels == [[1], [0], [0], [0], [2], [2]]
-    assert "two/same.png -> same-3_mask.png: blue 100.0%" in capsys.readouterr().out
+    assert "two/same.png -> SAME-3_mask.png: blue 100.0%" in capsys.readouterr().out
 
 
 def test_names_of_many_files_are_found_at_once():

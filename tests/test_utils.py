@@ -53,6 +53,8 @@ def test_scores_by_hand():
     assert utils.mean_iou(cm) == pytest.approx((6 / 9 + 1 / 4) / 2)
     assert utils.pixel_accuracy(cm) == pytest.approx(0.7)
     assert utils.frequency_weighted_iou(cm) == pytest.approx(0.8 * 6 / 9 + 0.2 / 4)
+    assert utils.mean_accuracy(cm) == pytest.approx((6 / 8 + 1 / 2) / 2)
+    assert utils.dice(cm)[:2].tolist() == [12 / 15, 2 / 5] and utils.dice(cm)[2:].isnan().all()
     cm[0, 2] = 10  # a class that is predicted, but is nowhere, has an IoU of 0, not none
     assert utils.iou(cm)[2] == 0 and utils.mean_iou(cm) == pytest.approx((6 / 19 + 1 / 4 + 0) / 3)
 

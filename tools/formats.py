@@ -425,7 +425,8 @@ def draw(size, shapes, table):
     """Return shapes (name, kind, what) as a PIL image, mode L, of classes, each over the last.
 
     what: points [(x, y), ...]; for "shares", in shares of the size; for "code", COCO's run lengths;
-    for "picture", (a picture in base64, labelme's or Supervisely's, its corner).
+    for "picture", (a picture in base64, labelme's or Supervisely's, its corner); for "holed",
+    an outline, and those of the holes in it.
     """
     canvas = Image.new("L", size)
     pen = ImageDraw.Draw(canvas)
@@ -435,7 +436,8 @@ def draw(size, shapes, table):
         label = table[name]
         if kind == "code" and size != (what["size"][1], what["size"][0]):
             raise ValueError(f"run lengths are for {what['size']}, and not for {size[::-1]}")
-        if kind not in ("code", "picture") and not np.all(np.abs(what) < 1e6):
+        outlines = what if kind == "holed" else [] if kind in ("code", "picture") else [what]
+        if not all(np.all(np.abs(points) < 1e6) for points in outlines):
             raise ValueError(f"a point of {name} is far outside")
         if kind == "code":
             canvas.paste(label, mask=Image.fromarray(run_lengths(what)))
@@ -444,6 +446,11 @@ def draw(size, shapes, table):
             shape = Image.open(io.BytesIO(raw if raw[:1] == b"\x89" else zlib.decompress(raw)))
             shape = np.array(shape.getchannel("A") if shape.mode == "RGBA" else shape.convert("L"))
             canvas.paste(label, (round(x), round(y)), Image.fromarray(shape > 0))
+        elif kind == "holed":  # what lies below shows in holes
+            stencil = Image.new("1", size)
+            for index, points in enumerate(what):
+                ImageDraw.Draw(stencil).polygon([*map(tuple, points)], fill=index == 0)
+            canvas.paste(label, mask=stencil)
         elif kind == "rectangle" and len(what) == 2:  # two corners
             pen.rectangle([*np.min(what, 0), *np.max(what, 0)], fill=label)
         elif kind == "circle":  # the centre, and a point of the edge
@@ -626,8 +633,9 @@ def supervisely(folder):
                 name, kind, bitmap = each["classTitle"], each["geometryType"], each.get("bitmap")
                 points = each.get("points") or {"exterior": (), "interior": ()}
                 shapes += [(name, "picture", (bitmap["data"], bitmap["origin"]))] if bitmap else []
-                shapes += [] if bitmap else [(name, kind, points["exterior"])]
-                shapes += [("_background_", "polygon", hole) for hole in points["interior"]]
+                outlines = [points["exterior"], *points["interior"]]
+                holed = (name, "holed", outlines), (name, kind, points["exterior"])
+                shapes += [] if bitmap else [holed[len(outlines) == 1]]
             size = file["size"]["width"], file["size"]["height"]
         image = find_image(folder, path, f"{path.parent.parent.name}/img/{path.stem}")
         items.append(Item(image, shapes, size))
