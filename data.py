@@ -83,7 +83,7 @@ def blame(path, remedy):
 
 @functools.cache
 def say(line):
-    """Print a remark on the user's data, the same line once only."""
+    """Print a remark on the user's data; the cache makes a line that is repeated print nothing."""
     print(line)
 
 
@@ -178,6 +178,7 @@ class Shapes(SegmentationSet):
         self.names = [f"{split}_{i}" for i in range(counts[split])]
         self.classes = ["background", "circle", "square", "triangle", "star"]
         self.palette = color_map(len(self.classes))
+        # Three numbers make the seed of one picture.
         seeds = [[seed, list(counts).index(split), i] for i in range(counts[split])]
         pairs = [draw_shapes(np.random.default_rng(each)) for each in seeds]
         self.images = torch.stack([to_tensor(image, size) for image, _ in pairs])
@@ -286,7 +287,7 @@ def read_lines(path):
 
 def read_classes(root):
     """Return the names of a folder's classes: those in classes.txt, or VOC's 21."""
-    # A text file in VOC's layout is another tool's list of classes, which are not VOC's.
+    # VOC has no text file beside its folders. Where there is one, the classes are a tool's own.
     if (root / "JPEGImages").is_dir() and not any(root.glob("*.txt")):
         if not root.name.startswith("VOC"):
             say(f"{root}: has no classes.txt, so its classes are VOC's 21")
@@ -337,7 +338,7 @@ def share_out(names):
     So an image stays on its side when others are added, save where a side would be empty.
     """
     ranked = sorted((hashlib.sha256(os.fsencode(name)).hexdigest(), name) for name in names)
-    few = sum(digest < "33" for digest, _ in ranked)  # hexadecimal: 33 of ff is a fifth
+    few = sum(digest < "33" for digest, _ in ranked)  # hexadecimal 33 is a fifth of ff
     few = min(max(few, 1), len(ranked) - 1)
     val = {name for _, name in ranked[:few]}
     return {"train": sorted(set(names) - val), "val": sorted(val)}
@@ -514,12 +515,14 @@ def random_matrices(n, mode, aspect, device):
         zoom = torch.exp2(uniform(math.log2(0.8), math.log2(2.6)))
         stretch = torch.exp2(uniform(-math.log2(1.2), math.log2(1.2)))
         shear = uniform(-0.1, 0.1)
-        reach = (1 - 1 / zoom).abs() + 0.25  # of a width of 2: up to 1/8 past the edge
+        # How far the window may move, of a width of 2: to the edge, and 1/8 past it.
+        reach = (1 - 1 / zoom).abs() + 0.25
         shift_x, shift_y = uniform(-1, 1) * reach, uniform(-1, 1) * reach
     elif mode != "flip":
         raise ValueError(f"no augmentation is called '{mode}'; choose from {', '.join(MODES)}")
-    # With x in units of the height, from right to left: shift + 1 / zoom * [cos -sin;
-    # sin cos] * [1 shear; 0 1] * [mirror_x * stretch 0; 0 mirror_y]
+    # With x in units of the height, a point goes to  shift + 1 / zoom * R * S * M * point:
+    #     M = [mirror_x * stretch  0; 0  mirror_y]    S = [1  shear; 0  1]
+    #     R = [cos  -sin; sin  cos]
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     mirror_x = mirror_x * stretch
     first = [mirror_x * cos, mirror_y * (shear * cos - sin) / aspect, shift_x]

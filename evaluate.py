@@ -79,6 +79,8 @@ def load_split(path, checkpoint, about, args):
     source, split = about["data"], about["split"]
     dataset = data.load_dataset(source, split, about["size"], progress=utils.progress)
     data.check_labels(dataset, f"{source}: split {split}", learns=False)
+    if args.void_as_background:  # in figures too
+        dataset.masks = dataset.masks.masked_fill(dataset.masks == data.VOID, 0)
     own, found = checkpoint["classes"], list(dataset.classes)
     if own != found:
         raise utils.UserError(
@@ -130,8 +132,7 @@ def score_checkpoint(path, checkpoint, about, dataset, args, device):
     count = len(dataset.names)
     seen = learned_from(checkpoint.get("images"), dataset.names)
     if seen:
-        some = f"{len(seen)} of these {count} images"
-        print(f"{path}: was trained on {some}, by their names: on others it is less good")
+        print(f"{path}: was trained on {len(seen)} of these {count} images, by their names")
     by_class = {"iou": utils.iou(cm), "dice": utils.dice(cm)}
     for name, values in by_class.items():  # JSON has no NaN
         values = [None if math.isnan(value) else value for value in values.tolist()]
@@ -194,8 +195,7 @@ def evaluate(path, checkpoint, about, dataset, args, device):
     title = f"{metrics['model']}, {size}x{size}, split {metrics['split']}; {metrics['protocol']}"
     draw_confusion_matrix(out / "confusion_matrix.png", cm, dataset.classes, title)
     draw_examples(out / "examples.png", each, model, dataset, args, device, title)
-    files = "metrics.json, confusion_matrix.csv, confusion_matrix.png, examples.png"
-    print(f"\nwritten to {out}: {files}")
+    print(f"\nwritten to {out}: metrics.json, confusion_matrix.csv and .png, examples.png")
 
 
 def write_json(path, value):

@@ -7,7 +7,8 @@ Layer by layer, with parameters and multiply-adds:  python tools/layers.py darre
 
 Every network halves the image a few times and doubles it as often. Where a side is odd,
 halving rounds up, so that doubling gives at least the input's size back; the rest is
-cut off at the right and at the bottom, so each output pixel stays on its input pixel.
+cut off at the right and at the bottom, so each output pixel stays on its input pixel: 33 becomes 17, then 34, cut
+to 33.
 """
 
 import inspect
@@ -335,7 +336,7 @@ def check_output(model, num_classes, size, device="cpu"):
     """Raise ModelError where a network does not map images to logits of their size."""
     with torch.no_grad():
         logits = model.eval().to(device)(torch.zeros(1, 3, size, size, device=device))
-    model.cpu()  # where it is to be initialised
+    model.cpu()  # it is initialised there: the same random numbers for every device
     found, wanted = tuple(getattr(logits, "shape", ())), (1, num_classes, size, size)
     if found != wanted:
         said = f"{type(model).__name__}: makes {found or type(logits).__name__} of an image"

@@ -12,7 +12,8 @@ and samples.png. It is validated about a hundred times; if it is ended, it goes 
 the last of these.
 
 The order of this file is that of a run: settings, data and network, the step,
-validation, the loop.
+validation, the loop, files. To learn how training works read from `class Run` to `fit`;
+what makes it faster stands at the end.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def read_settings(argv):
     parser.set_defaults(**stored, out=path.parent)  # what is not typed again stays as it was
     args = parser.parse_args(argv)
     if any(str(word).startswith("--st") for word in argv or sys.argv):
-        args.epochs = None  # --steps was typed
+        args.epochs = None  # --steps was typed, and says how long the run is now
     free = {"data", "steps", "epochs", "patience", "batch_size", "device", "precision", "compile"}
     changed = [name for name in stored.keys() - free if getattr(args, name) != stored[name]]
     if changed:
@@ -142,15 +143,16 @@ class Run:
 
     def __init__(self, args, last, device, rank=0, processes=1):
         self.args, self.device = args, device
-        self.rank, self.processes = rank, processes  # this one, of so many
+        self.rank, self.processes = rank, processes  # this is process `rank` of so many
         fast = "bfloat16" if has_fast_bfloat16(device) else "float32"
         self.precision = fast if args.precision == "auto" else args.precision
 
-        if rank > 0:  # the first one comes first: it downloads what is missing
+        # Process 0 loads, and downloads, first; the others wait for it, then load.
+        if rank > 0:
             distributed.barrier()
         self.train_set, self.val_set, self.weights = load_sets(args, device)
         if rank == 0 and processes > 1:
-            distributed.barrier()  # returns when the others have come to theirs
+            distributed.barrier()
         count = len(self.train_set.names)
         self.batch_size = min(args.batch_size, count)  # of a step, over all processes
         self.epochs = args.epochs or math.ceil(args.steps / (count // self.batch_size))
@@ -160,13 +162,14 @@ class Run:
         file = utils.read_tensors(args.encoder_weights) if args.encoder_weights and not last else {}
         new = None if last else make_model(args, len(self.train_set.classes), device, file)
         self.model = utils.to_device(new or models.from_checkpoint(last), device)
-        # With its weights averaged over the steps: this one is scored and kept.
+        # A second network, whose weights are the running mean of the first's: it is what is
+        # validated, what best.pt holds and what evaluate.py scores.
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         # fused: on a CPU it takes 0.26 to 0.40 of the time.
         options = {"weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, **options)
         self.history = last["history"] if last else []  # the rows of log.csv
-        if last:  # whose `state_dict` is the average's
+        if last:  # last["state_dict"] is the average, last["trained"] the network that learns
             self.model.load_state_dict(last["trained"])
             self.optimizer.load_state_dict(last["optimizer"])
             match_layouts(self.optimizer)
@@ -181,7 +184,7 @@ class Run:
 
 def load_sets(args, device):
     """Return (training set, validation set, class weights, float32 (C,))."""
-    # Affine augmentation zooms in, so it is given images of twice the size.
+    # Affine augmentation zooms in, so it is given images of twice the size; it returns --size.
     side = args.size * (2 if args.augment == "affine" else 1)
     how = {"device": device, "progress": utils.progress}
     train_set = data.load_dataset(args.data, args.train_split, side, **how)
@@ -201,6 +204,7 @@ def make_model(args, num_classes, device, file):
     models.check_output(model, num_classes, args.size, device)
 
     pretrained = getattr(model, "pretrained_parts", ())
+    # Only parts without trained weights get new ones.
     new = [name for name, _ in model.named_children() if name not in pretrained]
     for name in new:
         utils.initialize(model.get_submodule(name), args.init)
@@ -248,7 +252,9 @@ def criterion(logits, masks, weights):
 
 def pixel_weight(masks, weights):
     """Return the sum of the class weights of a batch's labelled pixels."""
-    by_label = F.pad(weights, (0, 256 - len(weights)))  # void, 255, weighs 0
+    # A weight for each of 256 labels, 0 for void. masks[masks != 255] would do as well, but make
+    # the CPU wait for the GPU.
+    by_label = F.pad(weights, (0, 256 - len(weights)))
     return by_label[masks.long()].sum()
 
 
@@ -264,12 +270,13 @@ def train_one_epoch(run, epoch):
     args = run.args
     batches = data.epoch_order(run.train_set, run.batch_size, args.seed, epoch)
     total = torch.zeros((), device=run.device)
-    # By seed, epoch and process alone: a run that goes on needs no state of random
-    # generators.
+    # Random numbers follow from seed, epoch and process alone, so nothing must be kept to resume.
+    # The primes keep one epoch's seeds apart from another's.
     torch.manual_seed(1_000_003 * epoch + 7_919 * run.rank + args.seed)
     run.model.train()
     for step, indices in enumerate(utils.progress(batches, f"epoch {epoch}/{run.epochs}")):
-        indices = indices[run.rank :: run.processes]  # this process's part of the batch
+        # This process's part of the batch, which is all of it where there is one process.
+        indices = indices[run.rank :: run.processes]
         images, masks = data.fetch(run.train_set, indices, run.device)
         if args.augment:
             images, masks = data.augment(images, masks, args.augment, args.size)
@@ -277,14 +284,15 @@ def train_one_epoch(run, epoch):
             logits = run.forward(data.normalize(images))
         loss = criterion(logits, masks, run.weights)
 
-        done = (epoch - 1) * len(batches) + step  # of the whole run: no scheduler to resume
+        # The rate follows from the steps done: a scheduler of PyTorch's would have to be saved.
+        done = (epoch - 1) * len(batches) + step
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(args, done, run.epochs * len(batches))
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()
         update_average(run.average, run.model, done, args.ema)
-        total += loss.detach()  # no .item(), which would wait
+        total += loss.detach()  # .item() would make the CPU wait for the GPU in every step
     return total.item() / len(batches)
 
 
@@ -315,7 +323,7 @@ def validate(run):
     """Score `run.average` on the validation set, void left out; return (loss, confusion matrix).
 
     The loss is the weighted mean over the split's labelled pixels, whatever the batch
-    size.
+    size (a term that is no mean over pixels, such as Dice, may depend on it).
     """
     model, num_classes = run.average.eval(), len(run.val_set.classes)
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
@@ -327,6 +335,7 @@ def validate(run):
             logits = model(data.normalize(images)).float()
         # max, because argmax takes several times as long on CPUs.
         cm += utils.confusion_matrix(logits.max(1).indices, masks, num_classes)
+        # Batches weigh by their labelled pixels: so the result does not depend on their size.
         weight = pixel_weight(masks, run.weights)
         total = total + criterion(logits, masks, run.weights) * weight
         labelled = labelled + weight
@@ -343,7 +352,7 @@ def fit(run):
         losses.append(train_one_epoch(run, epoch))
         if epoch % max(1, run.epochs // 100) and epoch < run.epochs:
             continue
-        if run.rank == 0:  # the other processes wait for it in their next step
+        if run.rank == 0:  # the others wait for it in their next step, to average gradients
             trained = time.monotonic() - started
             loss, (val_loss, cm) = sum(losses) / len(losses), validate(run)
             if not math.isfinite(loss + val_loss):  # before anything of it is saved
@@ -398,6 +407,7 @@ def claim_folder(args):
         with contextlib.suppress(FileExistsError):
             # With --resume the folder is that of a run which was ended before it was
             # validated.
+            # Mode x fails where the file exists.
             open(folder / "settings.json", "w" if args.resume else "x").close()
             return folder
     raise utils.UserError(f"{args.out}: another run has just taken it; choose another --out")
@@ -438,7 +448,7 @@ def save(run):
         "history": run.history,
     }
     # best.pt first: after a crash in between, --resume comes to this validation again.
-    if utils.best_row(run.history) is run.history[-1]:
+    if utils.best_row(run.history)["epoch"] == run.history[-1]["epoch"]:
         utils.save_checkpoint(run.out / "best.pt", checkpoint)
     utils.save_checkpoint(run.out / "last.pt", checkpoint | resuming)
     try:
@@ -458,6 +468,7 @@ def finish(run):
     best = utils.best_row(run.history)
     title = f"{args.model}; validation on split {args.val_split}, void left out"
     utils.curves(out / "curves.png", {args.model: run.history}, title)
+    # At most six, evenly spread.
     few = torch.linspace(0, len(val_set.names) - 1, min(6, len(val_set.names))).long()
     images, masks = val_set.images[few].cpu(), val_set.masks[few].cpu()
     with torch.inference_mode():
@@ -536,7 +547,7 @@ def cuda_graph(run):
 def match_layouts(optimizer):
     """Give Adam's moments the memory layout of their weights, which its fused kernel takes for granted.
 
-    Those of a checkpoint from another kind of device have another.
+    A checkpoint from another kind of device may have another memory layout.
     """
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():

@@ -49,7 +49,7 @@ def confusion_matrix(pred, mask, num_classes):
     device = pred.device
     if device.type == "mps":  # where bincount is slow, and fails in some versions of PyTorch
         pred, mask = pred.cpu(), mask.cpu()
-    valid = mask != 255
+    valid = mask != 255  # a pair (true class t, predicted class p) is counted as C * t + p
     pairs = torch.stack([mask[valid].long(), pred[valid].long()])
     if pairs.numel() and not 0 <= pairs.min() <= pairs.max() < num_classes:
         raise ValueError(f"a label is outside the {num_classes} classes")
@@ -107,6 +107,7 @@ def frequency_weighted_iou(cm):
 def segment(model, images, size, tta=False):
     """Return the class of every pixel for a normalised float batch (N, 3, H, W), and how sure it is.
 
+    Softmax, enlarge, argmax, that is, done class by class to save memory.
     The probabilities are brought to `size` (height, width) before the best class is
     taken; returns labels, uint8 (N, height, width), and their probabilities, float, of
     that shape. `tta` averages the probabilities with those of the mirrored image.
@@ -179,7 +180,7 @@ def select_device(name="auto"):
         if torch.backends.mps.is_available():
             name = "mps"
     try:
-        device = torch.ones(1, device=name).device  # fails without kernels for this GPU
+        device = torch.ones(1, device=name).device  # tries it: fails without kernels for this GPU
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return device
@@ -258,7 +259,7 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: does not exist; a run's first validation makes it") from error
+        raise UserError(f"{path}: does not exist; is its name right?") from error
     except Exception as error:  # torch.load raises many kinds for files that it cannot read
         said = f"{path}: is no file of tensors alone ({type(error).__name__})"
         raise UserError(f"{said}; give a best.pt that train.py wrote") from error
@@ -376,10 +377,11 @@ def drawing(path, width, height, title):
     from matplotlib.figure import Figure
 
     with rc_context({"text.parse_math": False}):  # a class's name may have $ in it
-        figure = Figure(figsize=(width, height), layout="constrained")
+        # Letters of 10 points are to be read where a report shows the figure at half a page's width.
+        figure = Figure(figsize=(0.75 * width, 0.75 * height), layout="constrained")
         figure.suptitle(title, wrap=True)
         yield figure
-        figure.savefig(path, dpi=100)
+        figure.savefig(path, dpi=150)
 
 
 def curves(path, histories, title):

@@ -205,8 +205,8 @@ def find_pairs(folder, export):
     kinds = [match(folder, images, masks) for masks in groups.values()]
     used = {*pairs.values()}  # VOC's train_aug.txt has a second column, val.txt has none
     named = max(kinds, key=lambda kind: (len(used & {*kind.values()}), len(kind)), default={})
-    bare = {image for image, _ in listed if used} or named.keys()
-    pairs = {image: named[image] for image in named if image in bare} | pairs
+    wanted = {image for image, _ in listed} if pairs else named.keys()
+    pairs = {image: mask for image, mask in named.items() if image in wanted} | pairs
     if not pairs:
         some = ", ".join(path.name[:30] for masks in groups.values() for path in sorted(masks)[:2])
         what = f"no mask ({some}) is called like an image ({images[0].name[:30]})"
@@ -633,9 +633,9 @@ def supervisely(folder):
                 name, kind, bitmap = each["classTitle"], each["geometryType"], each.get("bitmap")
                 points = each.get("points") or {"exterior": (), "interior": ()}
                 shapes += [(name, "picture", (bitmap["data"], bitmap["origin"]))] if bitmap else []
-                outlines = [points["exterior"], *points["interior"]]
-                holed = (name, "holed", outlines), (name, kind, points["exterior"])
-                shapes += [] if bitmap else [holed[len(outlines) == 1]]
+                outline, holes = points["exterior"], points["interior"]
+                kind, what = ("holed", [outline, *holes]) if holes else (kind, outline)
+                shapes += [] if bitmap else [(name, kind, what)]
             size = file["size"]["width"], file["size"]["height"]
         image = find_image(folder, path, f"{path.parent.parent.name}/img/{path.stem}")
         items.append(Item(image, shapes, size))
