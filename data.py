@@ -287,7 +287,8 @@ def read_lines(path):
 
 def read_classes(root):
     """Return the names of a folder's classes: those in classes.txt, or VOC's 21."""
-    # VOC has no text file beside its folders. Where there is one, the classes are a tool's own.
+    # VOC has no text file beside its folders. Where there is one, the classes are a
+    # tool's own.
     if (root / "JPEGImages").is_dir() and not any(root.glob("*.txt")):
         if not root.name.startswith("VOC"):
             say(f"{root}: has no classes.txt, so its classes are VOC's 21")
@@ -520,9 +521,9 @@ def random_matrices(n, mode, aspect, device):
         shift_x, shift_y = uniform(-1, 1) * reach, uniform(-1, 1) * reach
     elif mode != "flip":
         raise ValueError(f"no augmentation is called '{mode}'; choose from {', '.join(MODES)}")
-    # With x in units of the height, a point goes to  shift + 1 / zoom * R * S * M * point:
-    #     M = [mirror_x * stretch  0; 0  mirror_y]    S = [1  shear; 0  1]
-    #     R = [cos  -sin; sin  cos]
+    # With x in units of the height, a point becomes  shift + 1 / zoom * R * S * M * point:
+    #   M = [mirror_x * stretch  0; 0  mirror_y],  S = [1  shear; 0  1],
+    #   R = [cos  -sin; sin  cos].
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     mirror_x = mirror_x * stretch
     first = [mirror_x * cos, mirror_y * (shear * cos - sin) / aspect, shift_x]

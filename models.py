@@ -7,8 +7,8 @@ Layer by layer, with parameters and multiply-adds:  python tools/layers.py darre
 
 Every network halves the image a few times and doubles it as often. Where a side is odd,
 halving rounds up, so that doubling gives at least the input's size back; the rest is
-cut off at the right and at the bottom, so each output pixel stays on its input pixel: 33 becomes 17, then 34, cut
-to 33.
+cut off at the right and at the bottom, so each output pixel stays on its input pixel:
+33 becomes 17, then 34, cut to 33.
 """
 
 import inspect

@@ -162,8 +162,8 @@ class Run:
         file = utils.read_tensors(args.encoder_weights) if args.encoder_weights and not last else {}
         new = None if last else make_model(args, len(self.train_set.classes), device, file)
         self.model = utils.to_device(new or models.from_checkpoint(last), device)
-        # A second network, whose weights are the running mean of the first's: it is what is
-        # validated, what best.pt holds and what evaluate.py scores.
+        # A second network, whose weights are the running mean of the first's: it is
+        # what is validated, what best.pt holds and what evaluate.py scores.
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         # fused: on a CPU it takes 0.26 to 0.40 of the time.
         options = {"weight_decay": args.weight_decay, "fused": True}
@@ -184,7 +184,7 @@ class Run:
 
 def load_sets(args, device):
     """Return (training set, validation set, class weights, float32 (C,))."""
-    # Affine augmentation zooms in, so it is given images of twice the size; it returns --size.
+    # Affine augmentation zooms in: it is given images of twice the size, and returns --size.
     side = args.size * (2 if args.augment == "affine" else 1)
     how = {"device": device, "progress": utils.progress}
     train_set = data.load_dataset(args.data, args.train_split, side, **how)
@@ -252,8 +252,8 @@ def criterion(logits, masks, weights):
 
 def pixel_weight(masks, weights):
     """Return the sum of the class weights of a batch's labelled pixels."""
-    # A weight for each of 256 labels, 0 for void. masks[masks != 255] would do as well, but make
-    # the CPU wait for the GPU.
+    # A weight for each of 256 labels, 0 for void. masks[masks != 255] would do as well,
+    # but make the CPU wait for the GPU.
     by_label = F.pad(weights, (0, 256 - len(weights)))
     return by_label[masks.long()].sum()
 
@@ -270,8 +270,8 @@ def train_one_epoch(run, epoch):
     args = run.args
     batches = data.epoch_order(run.train_set, run.batch_size, args.seed, epoch)
     total = torch.zeros((), device=run.device)
-    # Random numbers follow from seed, epoch and process alone, so nothing must be kept to resume.
-    # The primes keep one epoch's seeds apart from another's.
+    # Random numbers follow from seed, epoch and process alone, so nothing must be kept
+    # to resume. The primes keep one epoch's seeds apart from another's.
     torch.manual_seed(1_000_003 * epoch + 7_919 * run.rank + args.seed)
     run.model.train()
     for step, indices in enumerate(utils.progress(batches, f"epoch {epoch}/{run.epochs}")):
@@ -284,7 +284,7 @@ def train_one_epoch(run, epoch):
             logits = run.forward(data.normalize(images))
         loss = criterion(logits, masks, run.weights)
 
-        # The rate follows from the steps done: a scheduler of PyTorch's would have to be saved.
+        # By the steps done: a scheduler of PyTorch's would have to be saved, too.
         done = (epoch - 1) * len(batches) + step
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(args, done, run.epochs * len(batches))
@@ -335,7 +335,7 @@ def validate(run):
             logits = model(data.normalize(images)).float()
         # max, because argmax takes several times as long on CPUs.
         cm += utils.confusion_matrix(logits.max(1).indices, masks, num_classes)
-        # Batches weigh by their labelled pixels: so the result does not depend on their size.
+        # Batches weigh by their labelled pixels, so that their size does not matter.
         weight = pixel_weight(masks, run.weights)
         total = total + criterion(logits, masks, run.weights) * weight
         labelled = labelled + weight
@@ -508,7 +508,8 @@ def fast_forward(run):
     if run.processes > 1:
         if device == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-        # static_graph: all steps are alike. So a layer that a network does not use does no harm.
+        # static_graph: all steps are alike. So a layer that a network does not use does
+        # no harm.
         return nn.parallel.DistributedDataParallel(model, static_graph=True)
     if run.args.compile and device == "cuda":
         return cuda_graph(run)

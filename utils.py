@@ -88,7 +88,8 @@ def mean_accuracy(cm):
 def dice(cm):
     """Return each class's Dice coefficient from a confusion matrix, float64 (C,), 0 to 1.
 
-    2 TP / (2 TP + FP + FN), also called F1; NaN for a class in neither truth nor prediction.
+    2 TP / (2 TP + FP + FN), also called F1; NaN for a class in neither truth nor
+    prediction.
     """
     cm = cm.cpu().double()
     return 2 * cm.diag() / (cm.sum(0) + cm.sum(1))
@@ -203,8 +204,8 @@ def to_device(model, device):
 # -------------------------------------------------------------------------- checkpoints
 
 
-# What is in a checkpoint, with its kind. The last six may be missing; train.py writes the first
-# three of these into best.pt, all of them into last.pt.
+# What is in a checkpoint, with its kind. The last six may be missing; train.py writes
+# the first three of these into best.pt, all of them into last.pt.
 KEYS = {
     "model": str,  # a name in models.MODELS
     "options": dict,  # what its constructor was given
@@ -377,7 +378,8 @@ def drawing(path, width, height, title):
     from matplotlib.figure import Figure
 
     with rc_context({"text.parse_math": False}):  # a class's name may have $ in it
-        # Letters of 10 points are to be read where a report shows the figure at half a page's width.
+        # Letters of 10 points are to be read where a report shows the figure at half a
+        # page's width.
         figure = Figure(figsize=(0.75 * width, 0.75 * height), layout="constrained")
         figure.suptitle(title, wrap=True)
         yield figure
