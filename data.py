@@ -254,7 +254,7 @@ def find_folders(root):
         if (root / images).is_dir() and (root / masks).is_dir():
             return root / images, root / masks
     with blame(root, f"give --data a folder, or one of {', '.join(NAMES)}"):
-        has = ", ".join(sorted(path.name for path in root.iterdir()))
+        has = ", ".join(sorted(path.name for path in root.iterdir())) or "nothing"
     raise DataError(root, f"has no images/ and masks/, but {has}", f"of an export: {PREPARE}")
 
 
@@ -278,7 +278,7 @@ def files_by_name(folder, suffixes):
 
 def read_lines(path):
     """Return a text file's lines, without the empty ones. Raises DataError."""
-    with blame(path, f"write it, a name a line, as UTF-8 text, or {PREPARE}"):
+    with blame(path, f"for an export {PREPARE}; else write it, a name a line, as UTF-8"):
         # Windows editors put a mark in front; macOS writes an accent as a character of
         # its own.
         text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))

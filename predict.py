@@ -64,7 +64,7 @@ def find_images(paths):
         if not path.exists():
             raise utils.UserError(f"{path}: does not exist; give images or folders of images")
         if path.suffix in (".pt", ".pth"):
-            raise utils.UserError(f"{path}: is a network; say --checkpoint {path} before it")
+            raise utils.UserError(f"{path}: is a network: predict.py IMAGE --checkpoint {path}")
         found += images_in(path) if path.is_dir() else [path]
     return found
 
@@ -176,7 +176,7 @@ def main(argv=None):
     model = utils.to_device(models.from_checkpoint(checkpoint), device)
     classes, size = checkpoint["classes"], args.size or checkpoint["size"]
     print(f"network: {network}: {checkpoint['model']} with {len(classes)} classes, ", end="")
-    print(f"{', '.join(classes[:6])}, ...; --checkpoint takes another")
+    print(f"{', '.join(classes[:6])}{', ...' * (len(classes) > 6)}; --checkpoint takes another")
     paths = find_images(args.images)
     names = output_names(paths)
     out = output_folder(args.out, names)

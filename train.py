@@ -106,7 +106,7 @@ def read_settings(argv):
         return args, None  # --out DIR --resume starts the run that it later goes on with
     if not args.resume:
         if args.out and (any(args.out.glob("*.pt")) or (args.out / "settings.json").exists()):
-            raise utils.UserError(f"{args.out}: holds a run; --resume it, or choose another --out")
+            raise utils.UserError(f"{args.out}: holds a run; add --resume, or choose another --out")
         return args, None
 
     wanted = args.out if args.resume == "newest" else Path(args.resume)
@@ -114,7 +114,7 @@ def read_settings(argv):
     last = utils.load_checkpoint(path)
     stored = dict(last.get("args") or {})
     if "steps" not in stored or "optimizer" not in last:
-        raise utils.UserError(f"{path}: is no last.pt of this train.py; start a new run")
+        raise utils.UserError(f"{path}: is no last.pt of train.py; give its run's folder")
     if args.out and args.out.resolve() != path.parent.resolve():
         raise utils.UserError(f"--out {args.out}: a resumed run goes on in {path.parent}")
     stored = {name: value for name, value in stored.items() if name in vars(args)}
@@ -592,7 +592,7 @@ def main(argv=None):
         if rank == 0:
             run.out = args.out if last else claim_folder(args)  # the run's folder
             write_settings(run, argv)
-            print(f"run in {run.out}", flush=True)
+            print(f"run in {run.out}, saved at each validation", flush=True)
         try:
             fit(run)
         finally:  # a run that came to no checkpoint leaves no folder

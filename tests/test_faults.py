@@ -176,7 +176,7 @@ SPOILED_FOLDERS = [
     ("no images", lambda r: shutil.rmtree(r / "JPEGImages"), (), "has no images/ and masks/, but"),
     ("no split file", lambda r: (r / SPLIT).unlink(), (), "has no train.txt; write it"),
     ("an empty split", lambda r: (r / SPLIT).write_text("\n\n"), (), "train.txt: "),
-    ("a split in UTF-16", lambda r: (r / SPLIT).write_text("a", "utf-16"), (), "as UTF-8 text"),
+    ("a split in UTF-16", lambda r: (r / SPLIT).write_text("a", "utf-16"), (), "as UTF-8"),
     ("a list with endings", lambda r: edit_lines(r / SPLIT, "{}.jpg"), (), "'train_0.jpg' is no image"),
     ("a list with masks", lambda r: edit_lines(r / SPLIT, "/a/{0}.jpg /b/{0}.png"), (), PREPARE),
     ("no classes", lambda r: (r / "names.txt").write_text("cat"), (), "classes.txt: No such file"),
@@ -265,7 +265,7 @@ OTHER_SCRIPTS = [
     ("only text", "predict.py", ("notes.txt", "--checkpoint", "good.pt"), "notes.txt: cannot"),
     ("a full --out", "predict.py", ("photo.jpg", "--checkpoint", "good.pt", "--out", "notes.txt"),
      "notes.txt"),
-    ("a network for a photo", "predict.py", ("good.pt", "photo.jpg"), "good.pt: is a network; say"),
+    ("a network for a photo", "predict.py", ("good.pt", "photo.jpg"), "good.pt: is a network: predict"),
 ]  # fmt: skip
 
 CASES = SPOILED_FOLDERS + BAD_FLAGS + OTHER_SCRIPTS

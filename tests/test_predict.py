@@ -119,7 +119,7 @@ def test_the_newest_run_on_photographs_is_taken_and_named(capsys):
         write_run(f"runs/{name}/best.pt", root)
         os.utime(f"runs/{name}/best.pt", (number, number))
     call(predict, "a.png")
-    said = "network: runs/new/best.pt: colors with 3 classes, background, green, blue, ...; --check"
+    said = "network: runs/new/best.pt: colors with 3 classes, background, green, blue; --check"
     assert capsys.readouterr().out.startswith(said)
     segment("a.png", checkpoint="runs/stars")  # which is taken where it is named
     assert capsys.readouterr().out.startswith("network: runs/stars/best.pt: ")
@@ -150,7 +150,7 @@ def test_a_checkpoint_among_the_images_is_told_apart(tmp_path, suffix):
     photo("a.png", "red")
     os.replace("net.pt", f"net{suffix}")
     result = run_script("predict.py", f"net{suffix}", "a.png", cwd=tmp_path)
-    said = f"net{suffix}: is a network; say --checkpoint net{suffix} before it"
+    said = f"net{suffix}: is a network: predict.py IMAGE --checkpoint net{suffix}"
     assert result.returncode == 2 and result.stderr == f"predict.py: error: {said}\n"
     assert not Path("predictions").exists()
 

@@ -214,7 +214,7 @@ def test_one_command_starts_a_run_and_goes_on_with_it(voc, capsys):
     # Nor does a folder of a run that was ended before it was validated stop it.
     Path("killed").mkdir()
     Path("killed/settings.json").touch()
-    with pytest.raises(utils.UserError, match="killed: holds a run; --resume it, or"):
+    with pytest.raises(utils.UserError, match="killed: holds a run; add --resume, or"):
         quick_train("--data", voc, name="killed", epochs=1)
     quick_train("--data", voc, "--resume", name="killed", epochs=1)
     assert len(read_rows("killed/log.csv")) == 1
@@ -235,7 +235,7 @@ def test_a_run_goes_on_with_the_columns_that_it_has(voc):
 
 def test_checkpoints_that_cannot_be_gone_on_with_are_refused(voc):
     quick_train("--data", voc, epochs=1)
-    with pytest.raises(utils.UserError, match="best.pt: is no last.pt of this train.py; start"):
+    with pytest.raises(utils.UserError, match="best.pt: is no last.pt of train.py; give"):
         call(train, "--resume", "run/best.pt")
     write_voc(Path("two"), num_classes=2)
     Path("two/classes.txt").write_text("background\ncat")
