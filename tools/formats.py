@@ -391,7 +391,10 @@ def understand(folder, export, found, paths):
         some = ", ".join(str(key) for key, _ in found.most_common() if key in colors)
         what = f"masks have {len(colors)} colours that nothing names: {some}"
         how = "write class_dict.csv there: name,r,g,b, and a line for each class"
-        raise DataError(folder.root, what, how)
+        blurred = [path for path in paths if path.suffix.lower() in JPEGS]
+        if blurred:
+            what, how = "is a JPEG, which blurs a mask's colours", "export the masks as PNG"
+        raise DataError(blurred[0] if blurred else folder.root, what, how)
     elif not table and two and grays <= {0, VOID}:
         print("masks have 0 and 255 alone: 255 is taken for class 1, not for void")
         table |= {0: 0, VOID: 1}
