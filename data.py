@@ -47,13 +47,11 @@ VOC_CLASSES = (
     "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
     "train", "tvmonitor",
 )  # fmt: skip
-# ImageNet's, which pretrained encoders expect; as good as any other for training from
-# scratch.
+# ImageNet's, which pretrained encoders expect; from scratch any fixed numbers would do.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# Pillow warns of images as large as phones take. At twice that size it refuses to read
-# them.
+# Pillow warns of images as large as phones take; at twice that size it refuses them.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
@@ -132,9 +130,7 @@ class VOC(SegmentationSet):
         self.names = split_names(self.root, split, self.image_paths, self.mask_paths)
 
         count = len(self.names)
-        with blame(
-            f"{self.root}: split {split}", "it takes too much memory; give a smaller --size"
-        ):
+        with blame(f"{self.root}: split {split}", "too large; give a smaller --size"):
             self.images = torch.empty(count, 3, size, size, dtype=torch.uint8)
             self.masks = torch.empty(count, size, size, dtype=torch.uint8)
 
@@ -148,8 +144,7 @@ class VOC(SegmentationSet):
             self.images[index] = to_tensor(image, size)
             self.masks[index] = to_tensor(mask, size)
 
-        # The line says how much memory it takes: systems end what takes too much
-        # without a word.
+        # The line says how much memory it takes: who takes too much is ended silently.
         label = f"reading {split}, {4 * count * size**2 / 2**30:.1f} GiB"
         # Threads are enough: Pillow lets go of the interpreter while it decodes and
         # resizes. PyTorch knows how many cores a job or a container may use.
@@ -258,37 +253,34 @@ def find_folders(root):
     raise DataError(root, f"has no images/ and masks/, but {has}", f"of an export: {PREPARE}")
 
 
-def image_files(folder):
+def image_files(folder, suffixes=IMAGE_SUFFIXES):
     """Return a folder's images, sorted, without hidden files (macOS' ._photo.jpg)."""
     files = sorted(folder.glob("[!.]*"))
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in files if path.suffix.lower() in suffixes]
 
 
 def files_by_name(folder, suffixes):
     """Return {name: path} of a folder's files; a name is the file's without its ending."""
     found = {}
-    for path in sorted(folder.glob("[!.]*")):
+    for path in image_files(folder, suffixes):
         name = unicodedata.normalize("NFC", path.stem)
-        if path.suffix.lower() in suffixes:
-            if name in found:
-                raise DataError(path, f"{found[name].name} has its name too", "rename one of them")
-            found[name] = path
+        if name in found:
+            raise DataError(path, f"{found[name].name} has its name too", "rename one of them")
+        found[name] = path
     return found
 
 
 def read_lines(path):
     """Return a text file's lines, without the empty ones. Raises DataError."""
     with blame(path, f"for an export {PREPARE}; else write it, a name a line, as UTF-8"):
-        # Windows editors put a mark in front; macOS writes an accent as a character of
-        # its own.
+        # Windows editors put a mark in front; macOS splits accents from their letters.
         text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_classes(root):
     """Return the names of a folder's classes: those in classes.txt, or VOC's 21."""
-    # VOC has no text file beside its folders. Where there is one, the classes are a
-    # tool's own.
+    # VOC has no text file beside its folders; where there is one, classes are a tool's.
     if (root / "JPEGImages").is_dir() and not any(root.glob("*.txt")):
         if not root.name.startswith("VOC"):
             say(f"{root}: has no classes.txt, so its classes are VOC's 21")
@@ -375,8 +367,7 @@ def load_mask(path, num_classes):
     """
     with blame(path, f"save masks as palette PNG, or {PREPARE}"), Image.open(path) as file:
         kind = f"{file.mode} {file.format}"
-        # Gray of 2 or 4 bits is "L;2" or "L;4" here: Pillow would stretch its values up
-        # to 255.
+        # Gray of 2 or 4 bits is "L;2" or "L;4" here; Pillow would stretch it to 255.
         if kind != "P PNG" and (kind != "L PNG" or file.tile[0][3] != "L"):
             what = f"is a {kind}, and a mask is a palette or 8-bit grayscale PNG of classes"
             raise DataError(path, what, f"{PREPARE} makes such masks of many kinds")
@@ -436,8 +427,7 @@ def fetch(dataset, indices, device):
     cuda = device.type == "cuda"
     if cuda and not images.is_cuda:
         images, masks = images.pin_memory(), masks.pin_memory()
-    # A copy that nobody waits for is safe on CUDA alone, where the kernels queue behind
-    # it.
+    # A copy that nobody waits for is safe on CUDA alone: there kernels queue behind it.
     return [tensor.to(device, non_blocking=cuda) for tensor in (images, masks)]
 
 

@@ -331,8 +331,7 @@ def main(argv=None):
     args = parse_args(argv)
     paths = [utils.find_checkpoint(path) for path in utils.expand(args.checkpoints) or [None]]
     device = utils.select_device(args.device)
-    # All are read first, so that a wrong one among them is found before the first is
-    # scored.
+    # All are read first: a wrong one is found before the first is scored.
     checkpoints = [utils.load_checkpoint(path) for path in paths]
     for checkpoint in checkpoints:
         models.from_checkpoint(checkpoint)  # raises where weights and network do not fit

@@ -197,8 +197,7 @@ def main(argv=None):
         del labels, sure, objects  # as large as the photograph
 
         save_mask(out / f"{name}_mask.png", mask, checkpoint["palette"])
-        # A photograph hardly shrinks any further at the higher levels, which take most
-        # of the time.
+        # Higher levels hardly shrink a photograph further, and take most of the time.
         overlay(image, mask, classes).save(out / f"{name}_overlay.png", compress_level=1)
         shares = class_shares(mask, len(classes))
         found = ", ".join(f"{classes[c]} {share:.1%}" for c, share in shares.items())
@@ -208,8 +207,8 @@ def main(argv=None):
         bare += mean is None
     if bare:
         score = checkpoint["metrics"].get("val_mean_iou", float("nan"))
-        print(f"{bare} of {len(paths)} masks are nothing but {classes[0]}: is there nothing else? ")
-        print(f"In validation this network scored {score:.3f} mIoU, of 1")
+        print(f"{bare} of {len(paths)} masks are nothing but {classes[0]}: right if that is all;")
+        print(f"in validation this network scored {score:.3f} mIoU, of 1")
     if failed < len(paths):
         print(f"masks and overlays are in {out}")
     elif not args.out:

@@ -173,12 +173,10 @@ class Run:
             self.model.load_state_dict(last["trained"])
             self.optimizer.load_state_dict(last["optimizer"])
             match_layouts(self.optimizer)
-        # What it has learned from in all, by name: evaluate.py says when it meets one
-        # of these.
+        # All that it learned from, by name: evaluate.py says when it meets one of these.
         before = ((last or file).get("images") or {}).get("train", [])
         self.images = {"train": sorted({*before, *self.train_set.names}), "val": self.val_set.names}
-        # What the step calls: the model, its CUDA graph, or wrapped for several
-        # processes.
+        # What the step calls: the model, its CUDA graph, or wrapped for processes.
         self.forward = fast_forward(self)
 
 
@@ -243,8 +241,7 @@ def criterion(logits, masks, weights):
     (C,). Add a term (Dice, say, without the void) to that mean: training and validation
     both use it.
     """
-    # The sum divided by hand, because F.cross_entropy's own mean is NaN where all is
-    # void.
+    # Divided by hand, because F.cross_entropy's own mean is NaN where all is void.
     logits, labels = logits.float(), masks.long()
     total = F.cross_entropy(logits, labels, weights, ignore_index=data.VOID, reduction="sum")
     return total / pixel_weight(masks, weights).clamp(min=1e-9)
@@ -405,9 +402,8 @@ def claim_folder(args):
     for folder in [args.out] if args.out else utils.numbered(Path("runs", args.model)):
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            # With --resume the folder is that of a run which was ended before it was
-            # validated.
-            # Mode x fails where the file exists.
+            # Mode x fails where the file exists. With --resume it is that of a run that
+            # was ended before it was validated.
             open(folder / "settings.json", "w" if args.resume else "x").close()
             return folder
     raise utils.UserError(f"{args.out}: another run has just taken it; choose another --out")
@@ -453,8 +449,7 @@ def save(run):
     utils.save_checkpoint(run.out / "last.pt", checkpoint | resuming)
     try:
         with open(run.out / "log.csv", "w", newline="", encoding="utf-8") as file:
-            # Of a run begun before a column was added, or taken out, earlier rows lack
-            # it.
+            # Rows that were written before a column was added lack it.
             writer = csv.DictWriter(file, run.history[-1], restval="nan", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(run.history)
@@ -508,8 +503,7 @@ def fast_forward(run):
     if run.processes > 1:
         if device == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-        # static_graph: all steps are alike. So a layer that a network does not use does
-        # no harm.
+        # static_graph: all steps are alike, so a layer without use does no harm.
         return nn.parallel.DistributedDataParallel(model, static_graph=True)
     if run.args.compile and device == "cuda":
         return cuda_graph(run)
@@ -527,15 +521,13 @@ def cuda_graph(run):
     size, size): it takes no other shape. Raises UserError for a model that cannot be
     recorded.
     """
-    # Recording takes place on a stream of its own, of which PyTorch would warn at the
-    # first step.
+    # Recording has a stream of its own, of which PyTorch would warn at the first step.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     size = run.args.size
     images = data.normalize(torch.zeros(run.batch_size, 3, size, size, device="cuda").byte())
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     try:
-        # Weights that autocast keeps in bfloat16 would be recorded, and not follow the
-        # training.
+        # Weights that autocast keeps in bfloat16 would be recorded, and never change.
         with autocast(run, cache_enabled=False):
             whole = nn.Sequential(run.model.train())  # whose `forward` PyTorch replaces
             recorded = torch.cuda.make_graphed_callables(whole, (images,), allow_unused_input=True)

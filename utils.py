@@ -108,8 +108,7 @@ def frequency_weighted_iou(cm):
 def segment(model, images, size, tta=False):
     """Return the class of every pixel for a normalised float batch (N, 3, H, W), and how sure it is.
 
-    Softmax, enlarge, argmax, that is, done class by class to save memory.
-    The probabilities are brought to `size` (height, width) before the best class is
+    This is softmax, enlarge, argmax, done class by class to save memory. The probabilities are brought to `size` (height, width) before the best class is
     taken; returns labels, uint8 (N, height, width), and their probabilities, float, of
     that shape. `tta` averages the probabilities with those of the mirrored image.
     `model` must be in eval mode. evaluate.py and predict.py label pixels with this
@@ -321,8 +320,7 @@ VIVID = (
     (75, 195, 255), (90, 90, 255),
 )  # fmt: skip
 BACKGROUND, VOID_COLOR = (45, 45, 52), (255, 255, 255)
-# Of lines in figures, told apart by colour-blind readers (Okabe and Ito 2008, Color
-# Universal Design).
+# Of lines, for colour-blind readers too (Okabe and Ito 2008, Color Universal Design).
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
 
@@ -378,8 +376,7 @@ def drawing(path, width, height, title):
     from matplotlib.figure import Figure
 
     with rc_context({"text.parse_math": False}):  # a class's name may have $ in it
-        # Letters of 10 points are to be read where a report shows the figure at half a
-        # page's width.
+        # Small, so that its letters are read at half a page's width of a report.
         figure = Figure(figsize=(0.75 * width, 0.75 * height), layout="constrained")
         figure.suptitle(title, wrap=True)
         yield figure
@@ -532,8 +529,7 @@ def progress(items, label):
         yield from items
         return
     terminal = sys.stderr.isatty()
-    # On a terminal back to the start of the line, so that what is printed next takes
-    # its place.
+    # On a terminal back to the line's start, so that what comes next takes its place.
     pause, end = (0.5, "\033[K\r") if terminal else (30, "\n")
     start = shown = time.monotonic()
     for done, item in enumerate(items, start=1):

@@ -14,13 +14,11 @@ formats.py says what a folder holds. Reading, checking and writing are the same 
 then the new folder is looked over.
 """
 
-import argparse
 import os
 import re
 import shutil
 import sys
 import tempfile
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,17 +111,12 @@ def each(function, items, what):
         except DataError as error:
             return error
 
-    shown, results, terminal = time.monotonic(), [], sys.stderr.isatty()
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(torch.get_num_threads())
     try:
-        for result in pool.map(guarded, items):
-            results.append(result)
-            if time.monotonic() - shown > (0.2 if terminal else 30):
-                shown, end = time.monotonic(), "\r" if terminal else "\n"
-                print(f"{what} {len(results)}/{len(items)}", end=end, file=sys.stderr, flush=True)
+        results = pool.map(guarded, items)
+        return [result for _, result in zip(utils.progress(items, what), results)]
     finally:
         pool.shutdown(cancel_futures=True)  # without those that wait, by Ctrl-C
-    return results
 
 
 def open_image(path, white=None, decode=False):
@@ -358,8 +351,7 @@ def run(args):
 
 def main(argv=None):
     """Run the command line, see the top of the file; return the exit status."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = utils.make_parser(__doc__)
     parser.add_argument("source", metavar="SOURCE", help="a folder of data, or an export")
     parser.add_argument("new", metavar="NEW", nargs="?", help="a folder that does not exist yet")
     parser.add_argument("--void", type=int, metavar="VALUE", help="a value of masks to make void")
