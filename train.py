@@ -80,8 +80,12 @@ def make_parser():
     how = "keep weights averaged over about 1/(1 - X) steps; 0: the last step's" + default
     add("--ema", type=utils.number(float, 0, 0.9999), default=0.99, metavar="X", help=how)
     add("--patience", type=count, metavar="N", help="stop after N epochs without a better mIoU")
-    seed = utils.number(int, 0, 2**31 - 1)
-    add("--seed", type=seed, default=0, metavar="N", help="of all random numbers" + default)
+    add(
+        "--seed",
+        type=utils.number(int, 0, 2**31 - 1),
+        default=0,
+        help="of random numbers" + default,
+    )
     add("--train-split", default="train", metavar="NAME", help="to learn from" + default)
     add("--val-split", default="val", metavar="NAME", help="to validate on" + default)
 
@@ -565,6 +569,7 @@ def process_group(device_name):
     rank = distributed.get_rank()
     with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
         yield device, rank, distributed.get_world_size()
+    distributed.barrier()  # else torchrun may end the first, which still saves, with the others
     distributed.destroy_process_group()
 
 
