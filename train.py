@@ -80,7 +80,7 @@ def make_parser():
     how = "keep weights averaged over about 1/(1 - X) steps; 0: the last step's" + default
     add("--ema", type=utils.number(float, 0, 0.9999), default=0.99, metavar="X", help=how)
     add("--patience", type=count, metavar="N", help="stop after N epochs without a better mIoU")
-    add("--seed", type=utils.number(int, 0, 2**31 - 1), default=0, help="of chance" + default)
+    add("--seed", type=utils.number(int, 0, 2**31 - 1), default=0, help="random seed" + default)
     add("--train-split", default="train", metavar="NAME", help="to learn from" + default)
     add("--val-split", default="val", metavar="NAME", help="to validate on" + default)
 
