@@ -548,22 +548,17 @@ def check_labels(dataset, where, learns=True):
     """Raise DataError where the masks of a data set have nothing to learn, or to score by.
 
     where: how messages name the data set. learns: whether it is for training, where
-    background alone will not do. Says which masks may have 255 for an object.
+    background alone will not do.
     """
     background = dataset.classes[0]
     if background.lower().strip("_ ") in ("void", "unlabeled", "unlabelled", "ignore"):
         said = f"{where}: class 0 is called {background}, but is learned and counts in scores"
         say(f"{said}; {PREPARE} --void 0 has it left out")
-    counts = class_counts(dataset)
-    pixels = counts.sum(0)
-    has_void = counts.sum(1) < dataset.masks[0].numel()
-    if not pixels[1:].any() and (learns or has_void.any()):
+    pixels = class_counts(dataset).sum(0)
+    has_void = pixels.sum() < dataset.masks.numel()
+    if not pixels[1:].any() and (learns or has_void):
         what = f"the masks have nothing but {background} (0), or void ({VOID})"
         raise DataError(where, what, f"an object of {VOID} should be 1; {PREPARE} mends that")
-    suspects = has_void & (counts[:, 1:].sum(1) == 0)
-    if learns and suspects.any():
-        some = f"{suspects.sum()} masks, such as that of {dataset.names[suspects.int().argmax()]},"
-        say(f"{where}: {some} have 0 and {VOID} alone: void, or an object that should be 1?")
 
 
 def class_weights(dataset, scheme):

@@ -12,9 +12,6 @@ cut off at the right and at the bottom, so each output pixel stays on its input 
 """
 
 import inspect
-import os
-import pickle
-import re
 
 import torch
 from torch import nn
@@ -256,7 +253,7 @@ class ResNet34Encoder(nn.Module):
 
     Gives the last map, 512 channels at 1/32 of the image; with `all_maps` a list of
     five, before it 64 channels at 1/2, 64 at 1/4, 128 at 1/8 and 256 at 1/16.
-    `pretrained` takes the weights that torchvision trained on ImageNet; raises OSError,
+    `pretrained` takes the weights that torchvision trained on ImageNet; raises ModelError,
     naming the file, where they can be neither found nor downloaded.
     """
 
@@ -267,24 +264,23 @@ class ResNet34Encoder(nn.Module):
         weights = ResNet34_Weights.IMAGENET1K_V1
         try:
             resnet = resnet34(weights=weights if pretrained else None)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
-            raise OSError(
-                f"the pretrained ResNet34 cannot be loaded ({error}); save {weights.url} as {path}, "
-                "or train without it: --no-pretrained"
-            ) from error
+        except Exception as error:  # no network, a broken download, a full disk
+            said = f"ImageNet's ResNet34 cannot be fetched ({str(error)[:90]})"
+            remedy = f"give {weights.url} by --encoder-weights, or say --no-pretrained"
+            raise ModelError(f"{said}; {remedy}") from error
         self.all_maps = all_maps
-        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu)
-        self.pool = resnet.maxpool
-        self.layers = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
+        # By torchvision's names, so that its files of weights load as they are.
+        self.conv1, self.bn1, self.pool = resnet.conv1, resnet.bn1, resnet.maxpool
+        self.layer1, self.layer2 = resnet.layer1, resnet.layer2
+        self.layer3, self.layer4 = resnet.layer3, resnet.layer4
 
     def forward(self, images):
-        maps = [self.stem(images)]
-        x = self.pool(maps[0])
-        for layer in self.layers:
-            x = layer(x)
-            maps.append(x)
-        return maps if self.all_maps else x
+        map1 = F.relu(self.bn1(self.conv1(images)))
+        map2 = self.layer1(self.pool(map1))
+        map3 = self.layer2(map2)
+        map4 = self.layer3(map3)
+        map5 = self.layer4(map4)
+        return [map1, map2, map3, map4, map5] if self.all_maps else map5
 
 
 class ResNet34FCN(EncoderDecoder):
@@ -332,17 +328,6 @@ def build_model(name, num_classes=21, **options):
     return MODELS[name](num_classes, **options)
 
 
-def check_output(model, num_classes, size, device="cpu"):
-    """Raise ModelError where a network does not map images to logits of their size."""
-    with torch.no_grad():
-        logits = model.eval().to(device)(torch.zeros(1, 3, size, size, device=device))
-    model.cpu()  # it is initialised there: the same random numbers for every device
-    found, wanted = tuple(getattr(logits, "shape", ())), (1, num_classes, size, size)
-    if found != wanted:
-        said = f"{type(model).__name__}: makes {found or type(logits).__name__} of an image"
-        raise ModelError(f"{said} (1, 3, {size}, {size}); it should make logits {wanted}")
-
-
 def takes_pretrained(name):
     """Return whether a network's class takes `pretrained`."""
     return name in MODELS and "pretrained" in inspect.signature(MODELS[name]).parameters
@@ -367,17 +352,21 @@ def from_checkpoint(checkpoint):
 def load_encoder(model, file):
     """Copy the trained weights that fit into `model`; return (loaded, left out), lists of names.
 
-    `file` is what torch.load gave: a checkpoint of this project (all that fits is
-    taken, the decoder too) or a file of ERFNet's authors (the encoder is; the `module.`
-    or `module.features.` before `encoder.` in its names is cut off). Raises ModelError
-    where nothing fits.
+    `file` is what torch.load gave: a checkpoint of this project, a file of ERFNet's
+    authors, torchvision's ResNet34, or any dictionary of tensors that are named as in
+    `model` or in its encoder. Words that others put before all of their names (`module.`
+    and the like) are cut off.
     """
     stored = file.get("state_dict", file)
-    if "model" not in file:
-        stored = {re.sub(r"^.*?(?=encoder\.)", "", name): stored[name] for name in stored}
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    fits = [name for name in stored if name in shapes and stored[name].shape == shapes[name]]
-    if not fits:
-        raise ModelError("none of its tensors fits the model")
-    model.load_state_dict({name: stored[name] for name in fits}, strict=False)
-    return fits, [name for name in stored if name not in fits]
+    own = model.state_dict()
+    for word in ("module.", "_orig_mod.", "module.", "model."):
+        if not own.keys() & stored.keys() and all(name.startswith(word) for name in stored):
+            stored = {name.removeprefix(word): tensor for name, tensor in stored.items()}
+    renamed = {}
+    for name, tensor in stored.items():
+        # As in the model, as in its encoder, or as in ERFNet's file of ImageNet's weights.
+        candidates = (name, f"encoder.{name}", name.removeprefix("features."))
+        renamed[next((each for each in candidates if each in own), name)] = tensor
+    fits = [name for name in renamed if name in own and renamed[name].shape == own[name].shape]
+    model.load_state_dict({name: renamed[name] for name in fits}, strict=False)
+    return fits, [name for name in renamed if name not in fits]

@@ -181,13 +181,12 @@ def main(argv=None):
     names = output_names(paths)
     out = output_folder(args.out, names)
     failed = bare = 0
-    clear = "\033[K" if sys.stdout.isatty() else ""  # the rest of the progress line
-    for path, name in utils.progress(list(zip(paths, names)), "segmenting"):
+    for number, (path, name) in enumerate(zip(paths, names), start=1):
         try:
             image = data.load_image(path)
         except data.DataError as error:
             failed += 1
-            print(f"{clear}predict.py: error: {error}", file=sys.stderr)
+            print(f"predict.py: error: {error}", file=sys.stderr)
             continue
         images = data.normalize(data.to_tensor(image, size)[None].to(device))
         labels, sure = utils.segment(model, images, (image.height, image.width), args.tta)
@@ -203,7 +202,8 @@ def main(argv=None):
         found = ", ".join(f"{classes[c]} {share:.1%}" for c, share in shares.items())
         written = "" if name == path.stem else f" -> {name}_mask.png"
         sure = f"; sure of what is no {classes[0]}: {mean:.2f}" if mean else ""
-        print(f"{clear}{' '.join(str(path).splitlines())}{written}: {found}{sure}")
+        done = f"{number}/{len(paths)} " if len(paths) > 1 else ""
+        print(f"{done}{' '.join(str(path).splitlines())}{written}: {found}{sure}", flush=True)
         bare += mean is None
     if bare:
         score = checkpoint["metrics"].get("val_mean_iou", float("nan"))

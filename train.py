@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import itertools
 import json
 import math
 import os
@@ -39,6 +38,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import data
 import models
 import utils
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 # ----------------------------------------------------------------------------- settings
 
@@ -70,10 +71,11 @@ def make_parser():
 
     add = parser.add_argument_group("training").add_argument
     add("--init", choices=utils.INITIALIZERS, default="kaiming", help="of new weights" + default)
-    how = "begin a resnet34_ encoder from ImageNet; default: yes"
-    add("--pretrained", action=yes_or_no, default=True, help=how)
-    how = "start from ERFNet's weights (darrennet) or a checkpoint, its decoder too where it fits"
+    add("--pretrained", action=yes_or_no, default=True, help="resnet34_: begin from ImageNet's")
+    how = "start from a file instead: a checkpoint, ERFNet's or torchvision's; all that fits"
     add("--encoder-weights", metavar="FILE", help=how)
+    how = "the encoder learns at FACTOR times the rate; 0 freezes it" + default
+    add("--encoder-lr", type=utils.number(float, 0, 1), default=1.0, metavar="FACTOR", help=how)
     add("--batch-size", type=count, default=16, metavar="N", help="images in a step" + default)
     add("--lr", type=real, default=2e-3, metavar="X", help="learning rate (AdamW's)" + default)
     add("--weight-decay", type=real, default=0.2, metavar="X", help="pulls weights to 0" + default)
@@ -86,8 +88,8 @@ def make_parser():
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps" + default)
-    how = "numbers of the forward pass; auto: bfloat16 where the hardware has it" + default
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help=how)
+    how = "numbers of the forward pass; auto: the smallest that the hardware is fast with" + default
+    add("--precision", choices=PRECISIONS, default="auto", help=how)
     how = "a CUDA graph on one CUDA GPU, elsewhere torch.compile; default: no"
     add("--compile", action=yes_or_no, default=False, help=how)
     return parser
@@ -101,11 +103,9 @@ def read_settings(argv):
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.resume == "newest" and args.out and not (args.out / "last.pt").exists():
-        return args, None  # --out DIR --resume starts the run that it later goes on with
-    if not args.resume:
-        if args.out and (any(args.out.glob("*.pt")) or (args.out / "settings.json").exists()):
-            raise utils.UserError(f"{args.out}: holds a run; add --resume, or choose another --out")
+    # --out DIR --resume starts the run that it later goes on with.
+    starts = args.resume == "newest" and args.out and not (args.out / "last.pt").exists()
+    if not args.resume or starts:
         return args, None
 
     wanted = args.out if args.resume == "newest" else Path(args.resume)
@@ -114,10 +114,9 @@ def read_settings(argv):
     stored = dict(last.get("args") or {})
     if "steps" not in stored or "optimizer" not in last:
         raise utils.UserError(f"{path}: is no last.pt of train.py; give its run's folder")
-    if args.out and args.out.resolve() != path.parent.resolve():
-        raise utils.UserError(f"--out {args.out}: a resumed run goes on in {path.parent}")
     stored = {name: value for name, value in stored.items() if name in vars(args)}
-    parser.set_defaults(**stored, out=path.parent)  # what is not typed again stays as it was
+    stored["out"] = path.parent
+    parser.set_defaults(**stored)  # what is not typed again stays as it was
     args = parser.parse_args(argv)
     if any(str(word).startswith("--st") for word in argv or sys.argv):
         args.epochs = None  # --steps was typed, and says how long the run is now
@@ -143,8 +142,9 @@ class Run:
     def __init__(self, args, last, device, rank=0, processes=1):
         self.args, self.device = args, device
         self.rank, self.processes = rank, processes  # this is process `rank` of so many
-        fast = "bfloat16" if has_fast_bfloat16(device) else "float32"
-        self.precision = fast if args.precision == "auto" else args.precision
+        self.precision = args.precision
+        if args.precision == "auto":
+            self.precision = fast_precision(device)
 
         # Process 0 loads, and downloads, first; the others wait for it, then load.
         if rank > 0:
@@ -159,24 +159,27 @@ class Run:
 
         torch.manual_seed(args.seed)
         file = utils.read_tensors(args.encoder_weights) if args.encoder_weights and not last else {}
-        new = None if last else make_model(args, len(self.train_set.classes), device, file)
+        new = None if last else make_model(args, len(self.train_set.classes), file)
         self.model = utils.to_device(new or models.from_checkpoint(last), device)
         # A second network, whose weights are the running mean of the first's: it is
         # what is validated, what best.pt holds and what evaluate.py scores.
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         # fused: on a CPU it takes 0.26 to 0.40 of the time.
         options = {"weight_decay": args.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, **options)
-        self.history = last["history"] if last else []  # the rows of log.csv
-        if last:  # last["state_dict"] is the average, last["trained"] the network that learns
-            self.model.load_state_dict(last["trained"])
-            self.optimizer.load_state_dict(last["optimizer"])
-            match_layouts(self.optimizer)
+        groups = parameter_groups(self.model, args.encoder_lr)
+        self.optimizer = torch.optim.AdamW(groups, args.lr, **options)
+        # float16 has no numbers below 6e-8: small gradients would be lost as zeros. So the
+        # loss is multiplied by a large number, and the gradients divided by it.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
+        self.history = []  # the rows of log.csv
+        if last:
+            restore(self, last)
         # All that it learned from, by name: evaluate.py says when it meets one of these.
         before = ((last or file).get("images") or {}).get("train", [])
         self.images = {"train": sorted({*before, *self.train_set.names}), "val": self.val_set.names}
         # What the step calls: the model, its CUDA graph, or wrapped for processes.
         self.forward = fast_forward(self)
+        self.averages, self.latest = averaged(self.average), averaged(self.model)
 
 
 def load_sets(args, device):
@@ -194,11 +197,12 @@ def load_sets(args, device):
     return train_set, val_set, weights
 
 
-def make_model(args, num_classes, device, file):
+def make_model(args, num_classes, file):
     """Return a new network; file: what --encoder-weights holds, or {}."""
-    options = {"pretrained": args.pretrained} if models.takes_pretrained(args.model) else {}
+    options = {}
+    if models.takes_pretrained(args.model):  # ImageNet's, where no other file is given
+        options["pretrained"] = args.pretrained and not file
     model = models.build_model(args.model, num_classes, **options)
-    models.check_output(model, num_classes, args.size, device)
 
     pretrained = getattr(model, "pretrained_parts", ())
     # Only parts without trained weights get new ones.
@@ -207,12 +211,22 @@ def make_model(args, num_classes, device, file):
         utils.initialize(model.get_submodule(name), args.init)
     print(f"--init {args.init}: {', '.join(new)}; pretrained: {', '.join(pretrained) or 'nothing'}")
     if args.encoder_weights:
-        try:
-            loaded, left = models.load_encoder(model, file)
-        except (models.ModelError, AttributeError, TypeError) as error:
-            raise utils.UserError(f"{args.encoder_weights}: {error}; it is not for {args.model}")
+        loaded, left = models.load_encoder(model, file)
+        if not loaded:
+            raise utils.UserError(f"{args.encoder_weights}: has no tensor that fits {args.model}")
         print(f"{args.encoder_weights}: {len(loaded)} tensors loaded, left out: {str(left)[:90]}")
     return model
+
+
+def parameter_groups(model, encoder_lr):
+    """Return AdamW's groups of parameters: all in one, or where the encoder learns slower its in a second."""
+    if encoder_lr == 1:
+        return [{"params": list(model.parameters())}]
+    if not hasattr(model, "encoder"):
+        raise utils.UserError("--encoder-lr: this network has no part that is called `encoder`")
+    encoder = set(model.encoder.requires_grad_(encoder_lr > 0).parameters())
+    others = [parameter for parameter in model.parameters() if parameter not in encoder]
+    return [{"params": others}, {"params": list(model.encoder.parameters())}]
 
 
 def check_settings(run, last):
@@ -222,12 +236,22 @@ def check_settings(run, last):
         raise utils.UserError(f"{args.data}: has other classes than the run had; give its --data")
     if run.batch_size < processes:
         raise utils.UserError(f"--batch-size is {run.batch_size} for {processes} processes")
-    if run.batch_size == 1 and args.size < 64:  # batch norm needs more than one value a channel
-        raise utils.UserError("one small image is no batch: --batch-size 2, or --size 64, is")
     if processes > 1 and args.patience:
         raise utils.UserError("--patience is for one process: only the first one validates")
-    if processes > 1 and args.class_weights:
-        print("--class-weights: the loss is the mean of the processes' own weighted means")
+
+
+def restore(run, last):
+    """Bring a new run to where the run was that wrote last.pt, whose content is `last`."""
+    run.history = last["history"]
+    # Of its networks `state_dict` is the average, and `trained` the one that learns.
+    run.model.load_state_dict(last["trained"])
+    run.optimizer.load_state_dict(last["optimizer"])
+    run.scaler.load_state_dict(last.get("scaler") or run.scaler.state_dict())
+    # Another kind of device may have stored Adam's moments in another memory layout than
+    # that of the weights, which its fused kernel takes for granted.
+    for parameter, moments in run.optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
 # ----------------------------------------------------------------------------- the step
@@ -256,9 +280,8 @@ def pixel_weight(masks, weights):
 
 def learning_rate(args, step, steps):
     """Return the learning rate of a step, from 0, of so many: --lr, or cosine annealing to 0."""
-    if not args.cosine:
-        return args.lr
-    return args.lr * (1 + math.cos(math.pi * step / steps)) / 2
+    factor = (1 + math.cos(math.pi * step / steps)) / 2 if args.cosine else 1
+    return args.lr * factor
 
 
 def train_one_epoch(run, epoch):
@@ -270,6 +293,8 @@ def train_one_epoch(run, epoch):
     # to resume. The primes keep one epoch's seeds apart from another's.
     torch.manual_seed(1_000_003 * epoch + 7_919 * run.rank + args.seed)
     run.model.train()
+    if args.encoder_lr == 0:  # frozen, with its batch norms' statistics
+        run.model.encoder.eval()
     for step, indices in enumerate(utils.progress(batches, f"epoch {epoch}/{run.epochs}")):
         # This process's part of the batch, which is all of it where there is one process.
         indices = indices[run.rank :: run.processes]
@@ -282,33 +307,39 @@ def train_one_epoch(run, epoch):
 
         # By the steps done: a scheduler of PyTorch's would have to be saved, too.
         done = (epoch - 1) * len(batches) + step
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(args, done, run.epochs * len(batches))
+        for group, factor in zip(run.optimizer.param_groups, (1, args.encoder_lr)):
+            group["lr"] = factor * learning_rate(args, done, run.epochs * len(batches))
         run.optimizer.zero_grad()
-        loss.backward()
-        run.optimizer.step()
-        update_average(run.average, run.model, done, args.ema)
+        # Without float16 the scaler only calls loss.backward() and optimizer.step().
+        run.scaler.scale(loss).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        update_average(run, done)
         total += loss.detach()  # .item() would make the CPU wait for the GPU in every step
     return total.item() / len(batches)
 
 
 def autocast(run, **options):
     """Return a context in which convolutions compute in --precision's numbers, weights stay float32."""
-    options["enabled"] = run.precision == "bfloat16"
-    return torch.autocast(run.device.type, torch.bfloat16, **options)
+    if run.precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(run.device.type, getattr(torch, run.precision), **options)
 
 
-def update_average(average, model, steps, decay):
-    """Move the averages of a model's weights, and of its batch norms' statistics, towards the latest.
+def averaged(network):
+    """Return the tensors of a network that are averaged: all but the counts of batch norms."""
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+
+
+def update_average(run, steps):
+    """Move the averages of the weights, and of batch norms' statistics, towards the latest.
 
     An exponential moving average over about 1 / (1 - decay) steps, but early on over a
     tenth of the `steps` so far, so that it soon forgets the random start.
     """
-    averages, values = (
-        [t for t in itertools.chain(m.parameters(), m.buffers()) if t.is_floating_point()]
-        for m in (average, model)
-    )
-    get_ema_multi_avg_fn(min(decay, steps / (steps + 10)))(averages, values, None)
+    decay = min(run.args.ema, steps / (steps + 10))
+    # For each tensor: average = decay * average + (1 - decay) * latest, all at once.
+    get_ema_multi_avg_fn(decay)(run.averages, run.latest, None)
 
 
 # -------------------------------------------------------------- validation and the loop
@@ -351,9 +382,14 @@ def fit(run):
         if run.rank == 0:  # the others wait for it in their next step, to average gradients
             trained = time.monotonic() - started
             loss, (val_loss, cm) = sum(losses) / len(losses), validate(run)
-            if not math.isfinite(loss + val_loss):  # before anything of it is saved
-                said = f"epoch {epoch}: the loss is not finite ({loss}, in validation {val_loss})"
-                raise utils.UserError(f"{said}; start anew with a smaller --lr")
+            # Before anything of it is saved. The scaler halves its number whenever a
+            # gradient is infinite.
+            if not math.isfinite(loss + val_loss) or run.scaler.get_scale() < 1e-6:
+                said = (
+                    f"epoch {epoch}: the loss, {loss}, in validation {val_loss}, or its gradients"
+                )
+                remedy = "start anew with a smaller --lr, or --precision float32"
+                raise utils.UserError(f"{said} are not finite; {remedy}")
             row = {
                 "epoch": epoch,
                 "lr": learning_rate(run.args, epoch - 1, run.epochs),
@@ -405,20 +441,21 @@ def claim_folder(args):
             # was ended before it was validated.
             open(folder / "settings.json", "w" if args.resume else "x").close()
             return folder
-    raise utils.UserError(f"{args.out}: another run has just taken it; choose another --out")
+    raise utils.UserError(f"{args.out}: holds a run; add --resume, or choose another --out")
 
 
 def write_settings(run, argv):
     """Write settings.json: the command as typed, every setting, the versions, the device."""
     typed = sys.argv[1:] if argv is None else map(str, argv)
-    machine = f"{run.device}, {run.precision}, {platform.platform()}"
+    machine = f"{run.device}, {run.precision}, {torch.get_num_threads()} threads"
     stored = {
         "command": shlex.join([Path(sys.argv[0]).name, *typed]),
         "settings": without_place(run.args),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": f"{machine}, {torch.get_num_threads()} threads",
+        "device": f"{machine}, {platform.platform()}",
     }
-    (run.out / "settings.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    path = run.args.out / "settings.json"
+    path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
 def save(run):
@@ -440,14 +477,15 @@ def save(run):
     resuming = {
         "trained": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
         "history": run.history,
     }
     # best.pt first: after a crash in between, --resume comes to this validation again.
     if utils.best_row(run.history)["epoch"] == run.history[-1]["epoch"]:
-        utils.save_checkpoint(run.out / "best.pt", checkpoint)
-    utils.save_checkpoint(run.out / "last.pt", checkpoint | resuming)
+        utils.save_checkpoint(run.args.out / "best.pt", checkpoint)
+    utils.save_checkpoint(run.args.out / "last.pt", checkpoint | resuming)
     try:
-        with open(run.out / "log.csv", "w", newline="", encoding="utf-8") as file:
+        with open(run.args.out / "log.csv", "w", newline="", encoding="utf-8") as file:
             # Rows that were written before a column was added lack it.
             writer = csv.DictWriter(file, run.history[-1], restval="nan", extrasaction="ignore")
             writer.writeheader()
@@ -458,7 +496,7 @@ def save(run):
 
 def finish(run):
     """Draw the curves, and the best epoch's predictions for a few images; say what to do next."""
-    out, args, val_set = run.out, run.args, run.val_set
+    out, args, val_set = run.args.out, run.args, run.val_set
     best = utils.best_row(run.history)
     title = f"{args.model}; validation on split {args.val_split}, void left out"
     utils.curves(out / "curves.png", {args.model: run.history}, title)
@@ -484,16 +522,19 @@ def finish(run):
 # ----------------------------------------------------- faster, and on several processes
 
 
-def has_fast_bfloat16(device):
-    """Return whether the device multiplies bfloat16 matrices in hardware: GPUs from Ampere on, AMX.
+def fast_precision(device):
+    """Return the numbers that a device multiplies fastest: bfloat16, float16 or float32.
 
-    AMX is part of Intel's server processors since 2023; a DarrenNet trains twice as
-    fast with it.
+    bfloat16 has the range of float32, float16 has not. Intel's server processors have
+    bfloat16 since 2023 (AMX): a DarrenNet trains twice as fast with it.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        major, _ = torch.cuda.get_device_capability(device)  # 7: V100, T4, RTX 20; 8: Ampere
+        if "GTX 16" in torch.cuda.get_device_name(device):  # gives NaN: PyTorch's issue 77955
+            major = 0
+        return "bfloat16" if major >= 8 else "float16" if major == 7 else "float32"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not tell
-    return device.type == "cpu" and capabilities.get("amx_bf16", False)
+    return "bfloat16" if device.type == "cpu" and capabilities.get("amx_bf16") else "float32"
 
 
 def fast_forward(run):
@@ -536,17 +577,6 @@ def cuda_graph(run):
     return recorded
 
 
-def match_layouts(optimizer):
-    """Give Adam's moments the memory layout of their weights, which its fused kernel takes for granted.
-
-    A checkpoint from another kind of device may have another memory layout.
-    """
-    for parameter, moments in optimizer.state.items():
-        for name, value in moments.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter).copy_(value)
-
-
 @contextlib.contextmanager
 def process_group(device_name):
     """Join the processes that torchrun started, if it did; give (device, rank, their number).
@@ -562,8 +592,10 @@ def process_group(device_name):
     device = utils.select_device("cpu" if device_name == "auto" else device_name)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank = distributed.get_rank()
-    with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
-        yield device, rank, distributed.get_world_size()
+    with open(os.devnull, "w") as null:
+        out, err = (null, null) if rank else (sys.stdout, sys.stderr)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield device, rank, distributed.get_world_size()
     distributed.barrier()  # else torchrun may end the first, which still saves, with the others
     distributed.destroy_process_group()
 
@@ -572,28 +604,30 @@ def main(argv=None):
     """Run the command line; see the top of the file."""
     args, last = read_settings(argv)
     with process_group(args.device) as (device, rank, processes):
-        run = Run(args, last, device, rank, processes)
-        if args.data not in data.NAMES:  # so that it is found from any folder
-            args.data = str(Path(args.data).expanduser().resolve())
-        parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        print(
-            f"{args.data}: {len(run.train_set.names)} images to train on, "
-            f"{len(run.val_set.names)} to validate on, {len(run.val_set.classes)} classes\n"
-            f"{args.model}: {parameters:,} parameters on {processes} x {device} in {run.precision}"
-        )
-        if rank == 0:
-            run.out = args.out if last else claim_folder(args)  # the run's folder
-            write_settings(run, argv)
-            print(f"run in {run.out}, saved at each validation", flush=True)
+        if rank == 0 and not last:
+            args.out = claim_folder(args)
         try:
+            run = Run(args, last, device, rank, processes)
+            if args.data not in data.NAMES:  # so that it is found from any folder
+                args.data = str(Path(args.data).expanduser().resolve())
+            parameters = sum(parameter.numel() for parameter in run.model.parameters())
+            print(
+                f"{args.data}: {len(run.train_set.names)} images to train on, "
+                f"{len(run.val_set.names)} to validate on, {len(run.val_set.classes)} classes\n"
+                f"{args.model}: {parameters:,} parameters on {processes} x {device} in {run.precision}\n"
+                f"run in {args.out}, saved at each validation",
+                flush=True,
+            )
+            if rank == 0:
+                write_settings(run, argv)
             fit(run)
+            if rank == 0:
+                finish(run)
         finally:  # a run that came to no checkpoint leaves no folder
-            if rank == 0 and not (run.out / "last.pt").exists():
-                (run.out / "settings.json").unlink(missing_ok=True)
+            if rank == 0 and not (args.out / "last.pt").exists():
+                (args.out / "settings.json").unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # it holds something else
-                    run.out.rmdir()
-        if rank == 0:
-            finish(run)
+                    args.out.rmdir()
 
 
 if __name__ == "__main__":

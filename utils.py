@@ -25,9 +25,6 @@ from PIL import ImageFont
 from torch import nn
 from torch.nn import functional as F
 
-if sys.version_info < (3, 10):  # noqa: UP036, said in one line to whoever has an older one
-    sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
-
 
 class UserError(ValueError):
     """Something the user can mend; the message says what and how."""
@@ -155,11 +152,9 @@ def initialize(model, scheme):
     corrected). `xavier_uniform`: uniform within +- sqrt(6 / (n_in + n_out)) (Glorot and
     Bengio 2010; eq. 1). `xavier_normal`: normal, deviation sqrt(2 / (n_in + n_out))
     (eq. 2). n_in and n_out are the connections that PyTorch counts (its fan_in and
-    fan_out). Biases become 0; batch norms stay as the network made them. Raises
-    ValueError for another scheme.
+    fan_out). Biases become 0; batch norms stay as the network made them. Raises KeyError
+    for another scheme.
     """
-    if scheme not in INITIALIZERS:
-        raise ValueError(f"no scheme is called '{scheme}'; choose from {', '.join(INITIALIZERS)}")
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             INITIALIZERS[scheme](module.weight)
@@ -176,9 +171,8 @@ def select_device(name="auto"):
     Raises UserError where this machine or this PyTorch has no such device.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
+        found = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+        name = next(name for name, backend in found.items() if backend.is_available())
     try:
         device = torch.ones(1, device=name).device  # tries it: fails without kernels for this GPU
         if device.type == "cuda":
@@ -203,8 +197,8 @@ def to_device(model, device):
 # -------------------------------------------------------------------------- checkpoints
 
 
-# What is in a checkpoint, with its kind. The last six may be missing; train.py writes
-# the first three of these into best.pt, all of them into last.pt.
+# What every checkpoint has. train.py adds `data`, `args` and `images` (the names of those
+# learned from, and validated on), and to last.pt what resuming needs.
 KEYS = {
     "model": str,  # a name in models.MODELS
     "options": dict,  # what its constructor was given
@@ -214,14 +208,13 @@ KEYS = {
     "state_dict": dict,
     "epoch": int,
     "metrics": dict,
-    "data": str,
-    "images": dict,  # names of those learned from, and validated on
-    "args": dict,
-    "trained": dict,
-    "optimizer": dict,
-    "history": list,
 }
-MISSING = {"data": "", "images": {}, "args": {}, "trained": {}, "optimizer": {}, "history": []}
+# By what they begin with: files that are often given for weights, and are none.
+NO_WEIGHTS = {
+    b"version https://git-lfs": "is git-lfs' note of a file; `git lfs pull` fetches the file",
+    b"<": "is a web page; download the file itself",
+    b"": "is broken, or holds more than tensors: a network is saved by its state_dict()",
+}
 
 
 def save_checkpoint(path, checkpoint):
@@ -244,8 +237,6 @@ def save_checkpoint(path, checkpoint):
                 return os.replace(temporary, path)
             time.sleep(pause)
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -253,16 +244,18 @@ def save_checkpoint(path, checkpoint):
 def read_tensors(path):
     """Return what torch.save put into a file, tensors on the CPU: tensors and plain values alone.
 
-    So a file from a stranger cannot run code. Raises UserError for a file that cannot
-    be read so.
+    It is a dictionary, and a file from a stranger cannot run code. Raises UserError for a
+    file that cannot be read so.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
         raise UserError(f"{path}: does not exist; is its name right?") from error
     except Exception as error:  # torch.load raises many kinds for files that it cannot read
-        said = f"{path}: is no file of tensors alone ({type(error).__name__})"
-        raise UserError(f"{said}; give a best.pt that train.py wrote") from error
+        with open(path, "rb") as file:
+            start = file.read(100).lstrip()
+        said = next(said for sign, said in NO_WEIGHTS.items() if start.startswith(sign))
+        raise UserError(f"{path}: {said}") from error
 
 
 def load_checkpoint(path):
@@ -271,13 +264,9 @@ def load_checkpoint(path):
     Raises UserError where the file is missing or is no such checkpoint.
     """
     checkpoint = read_tensors(path)
-    values = MISSING | checkpoint if isinstance(checkpoint, dict) else {}
-    wrong = [key for key, kind in KEYS.items() if not isinstance(values.get(key), kind)]
+    wrong = [key for key, kind in KEYS.items() if not isinstance(checkpoint.get(key), kind)]
     if wrong:
         raise UserError(f"{path}: is no checkpoint of train.py ({wrong[0]} is missing or strange)")
-    tensors = checkpoint["state_dict"].values()
-    if not all(torch.is_tensor(tensor) and tensor.isfinite().all() for tensor in tensors):
-        raise UserError(f"{path}: has weights that are no finite numbers: train anew")
     return checkpoint
 
 
@@ -448,23 +437,16 @@ def cli(main, *user_errors):
 
     UserError, OSError, the further exception classes given, and a lack of memory or of
     a compiler end the process with status 2, as argparse's own errors do, Ctrl-C with
-    130, a closed pipe with 1, without a word. All others are bugs: they keep their
-    traceback, as all do in `python -X dev`.
+    130, without a word. All others are bugs: they keep their traceback, as all do in
+    `python -X dev`.
     """
-    if os.name == "nt":
-        os.system("")  # has older consoles of Windows obey "\033[K" instead of showing it
     for stream in (sys.stdout, sys.stderr):  # a file on Windows may know few letters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        status = main()
-        sys.stdout.flush()
-        sys.exit(status)
+        sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # `| head` has seen enough; nor is there anything to flush at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
         message = " ".join(str(error).split())
         if "out of memory" in message:  # Apple's GPUs raise a plain RuntimeError
@@ -505,15 +487,12 @@ def number(kind, low, high=math.inf):
 def expand(paths):
     """Return `paths`, a list of Path, with patterns like runs/*/best.pt replaced by what they match.
 
-    Windows' command line leaves this to the program, as others do where a pattern is
-    quoted. A path that exists is taken as it is. Raises UserError for a pattern that
-    nothing matches.
+    Windows' command line leaves this to the program. A path that exists, or that
+    nothing matches, is taken as it is.
     """
     found = []
     for path in paths:
-        matches = [path] if path.exists() else sorted(glob.glob(str(path), recursive=True))
-        if not matches and set("*?[") & set(str(path)):
-            raise UserError(f"{path}: nothing matches this pattern")
+        matches = [] if path.exists() else sorted(glob.glob(str(path)))
         found += map(Path, matches or [path])
     return list(dict.fromkeys(found))  # each once
 
@@ -522,15 +501,11 @@ def progress(items, label):
     """Yield `items`, keeping one line on standard error: label, how many are done, time left.
 
     On a terminal the line is rewritten twice a second and goes away at the end; in a
-    file there is a new line every half minute, so that short work leaves none. Of
-    several processes only the first keeps it.
+    file there is a new line every half minute, so that short work leaves none.
     """
-    if os.environ.get("RANK", "0") != "0":
-        yield from items
-        return
     terminal = sys.stderr.isatty()
     # On a terminal back to the line's start, so that what comes next takes its place.
-    pause, end = (0.5, "\033[K\r") if terminal else (30, "\n")
+    pause, end = (0.5, "\r") if terminal else (30, "\n")
     start = shown = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
@@ -540,7 +515,7 @@ def progress(items, label):
             left = duration((now - start) / done * (len(items) - done))
             print(f"{label} {done}/{len(items)}  {left} left", end=end, file=sys.stderr, flush=True)
     if terminal:
-        print("\033[K", end="", file=sys.stderr, flush=True)
+        print(" " * 60, end="\r", file=sys.stderr, flush=True)
 
 
 def duration(seconds):

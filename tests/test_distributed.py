@@ -120,12 +120,11 @@ def test_two_processes_train_and_score_as_one_does(tmp_path):
     assert len(read_rows(tmp_path / "run-2/log.csv")) == 3
 
 
-def test_class_weights_are_remarked_on_and_unused_layers_do_no_harm(tmp_path):
+def test_class_weights_and_unused_layers_do_no_harm(tmp_path):
     write_voc(tmp_path / "voc", {"train": 4, "val": 1})
     args = flags("--batch-size", 2, "--epochs", 2, "--class-weights", "--out", "run")
     first, second = finish(start(tmp_path, 2, *args, change=UNUSED))
-    said = "--class-weights: the loss is the mean of the processes' own weighted means\n"
-    assert first.count(said) == 1 and second == ""
+    assert "epoch 2/2" in first and second == ""
     assert len(read_rows("run/log.csv")) == 2
 
 

@@ -154,11 +154,11 @@ def test_erfnets_published_files_give_erfnets_encoder(kind):
     assert len(loaded) == 3 * 6 + 13 * 16
     assert all(torch.equal(v, decoder[k]) for k, v in model.decoder.state_dict().items())
     expected = {
-        "imagenet": {"module.classifier.linear.weight"},
+        "imagenet": {"classifier.linear.weight"},
         "cityscapes": {
             "encoder.output_conv.weight",
             "encoder.output_conv.bias",
-            "module.decoder.output_conv.weight",
+            "decoder.output_conv.weight",
         },
     }
     assert set(left) == expected[kind]
@@ -172,27 +172,40 @@ def test_a_checkpoint_of_another_number_of_classes_fits_but_for_its_classifier()
     assert left == ["decoder.output.weight", "decoder.output.bias"]
     own = model.state_dict()
     assert all(torch.equal(own[name], file["state_dict"][name]) for name in loaded)
-    with pytest.raises(ValueError, match="none of its tensors fits"):
-        models.load_encoder(models.build_model("darrennet"), file)
+    assert models.load_encoder(models.build_model("darrennet"), file)[0] == []
 
 
-def test_resnet34_maps_are_torchvisions():
+@pytest.mark.parametrize("before", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_words_that_others_put_before_all_names_are_cut_off(before):
+    trained = models.build_model("darrennet").state_dict()
+    model = models.build_model("darrennet")
+    file = {f"{before}{name}": tensor for name, tensor in trained.items()}
+    loaded, left = models.load_encoder(model, {"state_dict": file})
+    assert (loaded, left) == (list(trained), [])
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
+    own = nn.ModuleDict({"model": nn.Linear(2, 2)})  # whose own names begin with such a word
+    assert models.load_encoder(own, own.state_dict()) == (["model.weight", "model.bias"], [])
+
+
+@pytest.mark.parametrize("name", ["resnet34_fcn", "resnet34_darrennet", "resnet34_unet"])
+def test_torchvisions_file_gives_the_encoder_torchvisions_maps(name, tmp_path):
     torch.manual_seed(0)
-    encoder = models.ResNet34Encoder(pretrained=False, all_maps=True).eval()
     theirs = resnet34(weights=None).eval()
-    names = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
-    ours = dict(zip(names, [encoder.stem[0], encoder.stem[1], *encoder.layers]))
-    for name, module in ours.items():
-        getattr(theirs, name).load_state_dict(module.state_dict())
+    torch.save(theirs.state_dict(), tmp_path / "resnet34.pth")
+    model = models.build_model(name).eval()
+    loaded, left = models.load_encoder(model, utils.read_tensors(tmp_path / "resnet34.pth"))
+    assert left == ["fc.weight", "fc.bias"]
+    assert len(loaded) == len(model.encoder.state_dict()) == len(theirs.state_dict()) - 2
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
-        maps = encoder(images)
         x = theirs.relu(theirs.bn1(theirs.conv1(images)))
         expected = [x]
         x = theirs.maxpool(x)
-        for name in names[2:]:
-            x = getattr(theirs, name)(x)
+        for layer in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
+            x = layer(x)
             expected.append(x)
+        maps = model.encoder(images)
+    maps = maps if name == "resnet34_unet" else [*expected[:4], maps]
     assert [m.shape[1] for m in maps] == [64, 64, 128, 256, 512]
     assert all(torch.equal(a, b) for a, b in zip(maps, expected))
 

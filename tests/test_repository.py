@@ -1,19 +1,23 @@
 """What the repository promises of itself: its layout, its size, and the code in its README."""
 
 import ast
-import importlib.util
 import io
 import re
 import sys
 import tokenize
+import zipfile
 
+import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, write_voc
+from conftest import REPOSITORY, call, write_voc
+from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import models
+import predict
 
 SCRIPTS = ("models", "data", "utils", "train", "evaluate", "predict")
 SOURCES = {name: (REPOSITORY / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS}
@@ -133,6 +137,49 @@ def test_the_readmes_network_is_one_more_network():
     assert names["MODELS"]["tiny"](5)(torch.zeros(2, 3, 40, 33)).shape == (2, 5, 40, 33)
 
 
+@pytest.fixture
+def options_blocks(tmp_path):
+    """The Python blocks of docs/options.md, in a folder that has the files they name."""
+    for name in ("docs", "weights"):
+        (tmp_path / name).symlink_to(REPOSITORY / name, target_is_directory=True)
+    return re.findall(r"```python\n(.*?)```", (tmp_path / "docs/options.md").read_text(), re.DOTALL)
+
+
+def test_the_shipped_network_is_used_in_a_program_as_options_says(options_blocks, capsys):
+    exec(next(code for code in options_blocks if "utils.segment" in code), names := {})  # noqa: S102
+    shares = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert 70 < float(shares["cat"].rstrip("%")) < 95
+    pytest.importorskip("cv2")
+    photo = np.array(names["photo"])
+    exec(next(code for code in options_blocks if "cv2" in code), names)  # noqa: S102
+    assert np.array_equal(np.array(names["photo"]), photo)
+
+
+def test_masks_become_gray_pngs_in_a_zip(options_blocks, tmp_path):
+    call(predict, "docs/cat.png", "docs/person.jpg", "--out", "predictions")
+    exec(next(code for code in options_blocks if "zipfile" in code), {})  # noqa: S102
+    with zipfile.ZipFile("labels.zip") as labels:
+        assert labels.namelist() == ["cat.png", "person.png"]
+        with Image.open(labels.open("person.png")) as gray:
+            assert gray.mode == "L" and gray.size == Image.open("docs/person.jpg").size
+            classes = np.array(gray)
+    # As torchvision's readers of masks give it; 15 is person.
+    theirs = pil_to_tensor(Image.open("predictions/person_mask.png"))[0].numpy()
+    assert np.array_equal(classes, theirs) and (classes == 15).mean() > 0.3
+
+
+def test_the_onnx_network_gives_the_same_logits_at_odd_sizes(options_blocks):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    exec(next(code for code in options_blocks if "onnx.export" in code), names := {})  # noqa: S102
+    assert names["classes"].shape == (1, 224, 224) and (names["classes"] == 8).mean() > 0.7
+    images = torch.randn(3, 3, 101, 75)
+    (logits,) = names["session"].run(None, {"images": images.numpy()})
+    with torch.inference_mode():
+        expected = names["model"](images)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_links_lead_somewhere(text):
     path = REPOSITORY / text
@@ -154,10 +201,3 @@ def test_commands_have_no_comments(text):  # zsh and cmd.exe take them for argum
     source = (REPOSITORY / text).read_text(encoding="utf-8")
     blocks = [block for block in source.split("\n```")[1::2] if block.startswith("\n")]
     assert [block for block in blocks if "python " in block and "#" in block] == []
-
-
-def test_an_older_python_is_told_in_one_line(monkeypatch):
-    spec = importlib.util.spec_from_file_location("utils_again", REPOSITORY / "utils.py")
-    monkeypatch.setattr(sys, "version_info", (3, 9, 18, "final", 0))
-    with pytest.raises(SystemExit, match="Python 3.10 or newer is needed"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -81,8 +81,6 @@ def test_initial_weights_follow_the_papers_equations(scheme):
         assert (module.bias == 0).all()
     # Batch norms are the network's own affair.
     assert (model[1].weight == 7).all() and (model[1].bias == 7).all()
-    with pytest.raises(ValueError, match="no scheme is called 'magic'; choose from kaiming, xav"):
-        utils.initialize(model, "magic")
 
 
 @pytest.mark.parametrize("size", [(5, 7), (11, 30), (3, 4)])
@@ -145,12 +143,16 @@ def test_files_that_are_no_checkpoints_are_refused():
     Path("cut.pt").write_bytes(Path("good.pt").read_bytes()[:-300])
     Path("text.pt").write_text("not weights")
     Path("lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    Path("page.pt").write_text("\n<!DOCTYPE html><title>Google Drive</title>")
     torch.save({"state_dict": Malicious()}, "code.pt")
     torch.save([1, 2], "list.pt")
+    torch.save({"state_dict": {}}, "dict.pt")
     torch.save(nn.Linear(2, 2), "module.pt")
-    names = ("missing", "cut", "text", "lfs", "code", "list", "module")
-    for name in names:
-        with pytest.raises(utils.UserError, match=f"^{name}.pt: (is no |does not)") as error:
+    names = dict.fromkeys(("cut", "text", "code", "list", "module"), "is broken, or holds more")
+    names |= {"missing": "does not exist", "lfs": "is git-lfs' note", "page": "is a web page"}
+    names |= {"dict": "is no checkpoint of train.py"}
+    for name, said in names.items():
+        with pytest.raises(utils.UserError, match=f"^{name}.pt: {said}") as error:
             utils.load_checkpoint(f"{name}.pt")
         assert len(str(error.value)) <= 300 and len(str(error.value).splitlines()) == 1
     assert not Path("it_ran").exists()
@@ -276,8 +278,7 @@ def test_patterns_are_expanded_each_path_is_given_once_and_names_that_exist_are_
     plain, missing = tmp_path / "[ab]", tmp_path / "nothing.pt"
     found = utils.expand([tmp_path / "b/best.pt", tmp_path / "*/best.pt", plain, missing, missing])
     assert found == [tmp_path / "b/best.pt", tmp_path / "a/best.pt", plain, missing]
-    with pytest.raises(utils.UserError, match=r"\*.jpg: nothing matches this pattern"):
-        utils.expand([tmp_path / "*.jpg"])
+    assert utils.expand([tmp_path / "*.jpg"]) == [tmp_path / "*.jpg"]
 
 
 def test_progress_is_one_line_on_a_terminal_and_silent_in_a_short_file(monkeypatch):
@@ -296,9 +297,7 @@ def test_progress_is_one_line_on_a_terminal_and_silent_in_a_short_file(monkeypat
 
     shown = show(Terminal(), "abcd")
     assert "work 2/4  0:00:02 left" in shown and "\n" not in shown
-    assert shown.endswith("\033[K\r\033[K")
+    assert shown.endswith(" left\r" + 60 * " " + "\r")
     assert "work 2/4" in show(Terminal(), "abcd", until="c")  # also where it is broken off
     assert show(io.StringIO(), "abcd") == ""
     assert show(io.StringIO(), "x" * 70) == "work 31/70  0:00:39 left\nwork 62/70  0:00:08 left\n"
-    monkeypatch.setenv("RANK", "1")  # of several processes the first alone
-    assert show(Terminal(), "abcd") == ""
