@@ -17,6 +17,7 @@ import evaluate
 import models
 import predict
 import utils
+from tools import results
 
 CLASSES = ["background", "green", "blue"]
 
@@ -376,3 +377,24 @@ def test_the_drawn_confusion_matrix_has_each_classes_shares(monkeypatch):
     assert numbers == {(0, 0): "75", (1, 0): "25", (0, 1): "25", (1, 1): "75"}
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["nothing", "cat", "class 2"]
+
+
+def test_results_trains_what_is_missing_and_makes_its_table_of_the_scores(voc, monkeypatch, capsys):
+    flags = "--model fcn --epochs 1 --size 32"
+    rows = (("a", "FCN", "0.06, 75 %", flags), ("transfer", "T", "", "--model resnet34_fcn"))
+    monkeypatch.setattr(results, "ROWS", rows)
+    monkeypatch.setattr(results, "SEEDS", {"a": (0, 1)})
+    call(results, "--data", voc, "--jobs", 2)
+    runs = ("runs/a", "runs/a-1")
+    scores = [read_scores(f"{run}/scores/val-paper") for run in runs]
+    assert [each["settings"]["seed"] for each in scores] == [0, 1]
+    low, high = sorted(each["mean_iou"] for each in scores)
+    accuracy = sum(each["pixel_accuracy"] for each in scores) / 2
+    first, second = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    mean = (low + high) / 2
+    assert first[:3] == ["| FCN", f"`{flags}`", "0.06, 75 %"] and first[5:7] == ["not run"] * 2
+    assert first[3] == f"{mean:.4f} ({low:.4f} to {high:.4f}), {accuracy:.1%}" != first[4]
+    assert second[3:7] == ["not run"] * 4  # no --encoder was given
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+    call(results, "--data", voc)
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before

@@ -254,7 +254,7 @@ BAD_FLAGS = [
 # (what is wrong, the script, its arguments, what the one line must say); files are from `given`
 OTHER_SCRIPTS = [
     ("a checkpoint that is a folder", "evaluate.py", ("folder",), "best.pt: does not exist"),
-    ("text for a checkpoint", "evaluate.py", ("notes.txt",), "notes.txt: is no file of tensors"),
+    ("text for a checkpoint", "evaluate.py", ("notes.txt",), "notes.txt: is broken, or holds"),
     ("weights of another model", "evaluate.py", ("mixed.pt",), "weights do not fit darrennet"),
     ("a network with other options", "evaluate.py", ("grown.pt",), "keyword argument 'depth'"),
     ("an unknown split", "evaluate.py", ("good.pt", "--split", "x"), "has no x.txt"),
