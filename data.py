@@ -10,9 +10,12 @@ A folder of data is laid out as VOC is, or plainly (docs/formats.md):
 
     images/street.jpg   masks/street.png   classes.txt   train.txt  val.txt  (lists, if you like)
 
-What a labelling tool exports becomes such a folder by  python tools/prepare.py EXPORT
-NEW. The order of this file is the path of an image: data sets, files, batches,
-augmentation, weights.
+What a labelling tool exports becomes such a folder by this:
+
+    python tools/prepare.py EXPORT NEW
+
+The order of this file is the path of an image: data sets, files, batches, augmentation,
+weights.
 """
 
 import colorsys
@@ -67,8 +70,7 @@ class DataError(Exception):
 def blame(path, remedy):
     """Turn whatever goes wrong within into a DataError of one line: the file, what, the remedy.
 
-    Only reading and decoding stand within: else a mistake of ours would be blamed on a
-    file.
+    Put only reading and decoding inside: a bug of our own must not look like a bad file.
     """
     try:
         yield
@@ -89,7 +91,7 @@ def say(line):
 
 
 class SegmentationSet(Dataset):
-    """What the scripts need of a data set: a class of your own that has it will do.
+    """What every data set here has. For one of your own write a class with these:
 
     images    uint8 (N, 3, S, S), red, green, blue, 0 to 255
     masks     uint8 (N, S, S), class indices, or 255 (void) for pixels that do not count
@@ -98,7 +100,7 @@ class SegmentationSet(Dataset):
     palette   a colour [red, green, blue], 0 to 255, for each class: those of mask files
     full_mask(i)   the i-th mask at its photograph's own resolution, uint8 (H, W)
 
-    Scripts reach it by its name in `NAMES` and a line in `load_dataset`.
+    Then add its name to `NAMES` and a line to `load_dataset`.
     """
 
     def __len__(self):
@@ -109,15 +111,14 @@ class SegmentationSet(Dataset):
 
 
 class VOC(SegmentationSet):
-    """A split of a folder of photographs and masks, decoded and resized once, then kept.
+    """The images and masks of one split of a folder, decoded and resized once.
 
     root: a folder in VOC's layout or the plain one, or one that holds VOCdevkit/.
-    split: the list of that name, see `split_names`. Images are squeezed to size x size,
-    their shape not kept.
+    split: the name of a list, see `split_names`. Images are stretched to squares of
+    size x size. progress: see `load_dataset`, which can also download VOC.
 
     Gives `(image, mask)`, uint8 (3, S, S) and (S, S); a list of indices gives a stacked
-    batch. progress: see `load_dataset`, which also takes the names of what it can
-    download. Raises DataError.
+    batch. Raises DataError.
     """
 
     def __init__(self, root, split="train", size=224, progress=None):
@@ -144,10 +145,10 @@ class VOC(SegmentationSet):
             self.images[index] = to_tensor(image, size)
             self.masks[index] = to_tensor(mask, size)
 
-        # The line says how much memory it takes: who takes too much is ended silently.
+        # Shown, since a process that takes too much memory is killed without a message.
         label = f"reading {split}, {4 * count * size**2 / 2**30:.1f} GiB"
-        # Threads are enough: Pillow lets go of the interpreter while it decodes and
-        # resizes. PyTorch knows how many cores a job or a container may use.
+        # Threads are enough: Pillow releases Python's lock (the GIL) while it decodes.
+        # get_num_threads: as many as a job or a container may use.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             steps = progress(range(count), label) if progress else range(count)
             list(zip(steps, pool.map(decode, range(count))))  # waits, and raises what `decode` did
@@ -180,7 +181,7 @@ class Shapes(SegmentationSet):
         self.masks = torch.stack([to_tensor(mask, size) for _, mask in pairs])
 
     def full_mask(self, index):
-        """Return the mask, uint8 (S, S): drawn images have no other resolution."""
+        """Return the mask, uint8 (S, S): of drawn images no larger one is kept."""
         return self.masks[index]
 
 
@@ -280,7 +281,8 @@ def read_lines(path):
 
 def read_classes(root):
     """Return the names of a folder's classes: those in classes.txt, or VOC's 21."""
-    # VOC has no text file beside its folders; where there is one, classes are a tool's.
+    # VOC itself has no .txt file beside its folders. A tool that exports its layout adds
+    # one, and must name its classes in classes.txt.
     if (root / "JPEGImages").is_dir() and not any(root.glob("*.txt")):
         if not root.name.startswith("VOC"):
             say(f"{root}: has no classes.txt, so its classes are VOC's 21")
@@ -381,9 +383,10 @@ def load_mask(path, num_classes):
 
 
 def to_tensor(image, size):
-    """Return a PIL image, squeezed to S x S, as a uint8 tensor (3, S, S), a mask as (S, S).
+    """Return a PIL image as a uint8 tensor, (3, S, S), or (S, S) for a mask.
 
-    Images are resized with an antialiased bilinear filter, masks by nearest neighbour.
+    It is stretched to a square: an image with an antialiased bilinear filter, a mask by
+    nearest neighbour.
     """
     is_image = image.mode == "RGB"
     resampling = Image.Resampling.BILINEAR if is_image else Image.Resampling.NEAREST
@@ -394,8 +397,8 @@ def to_tensor(image, size):
 def color_map(n):
     """Return VOC's colours of n classes: lists [red, green, blue], 0 to 255.
 
-    The bits of a class's index are dealt to red, green and blue in turn, from each
-    one's highest.
+    Bits 0, 3 and 6 of the index go to red, 1, 4 and 7 to green, 2 and 5 to blue, there as
+    the highest: class 1 is (128, 0, 0), class 2 (0, 128, 0), class 4 (0, 0, 128).
     """
     colors = [[0, 0, 0] for _ in range(n)]
     for index, color in enumerate(colors):
@@ -410,9 +413,9 @@ def color_map(n):
 def epoch_order(dataset, batch_size, seed, epoch):
     """Return the indices of an epoch's batches, int64 (batches, batch_size), in random order.
 
-    The same seed and epoch give the same order, in all processes: there is no state to
-    keep. Whole batches only, since batch norm learns badly from a few images that are
-    left over; the order differs from epoch to epoch, so no image is left out for good.
+    The same seed and epoch give the same order, in all processes. Whole batches only:
+    batch norm learns badly from a few images that are left over. The order is another in
+    each epoch, so the images left out differ, too.
     """
     generator = torch.Generator().manual_seed(1_000_003 * epoch + seed)
     order = torch.randperm(len(dataset.names), generator=generator)
@@ -427,12 +430,12 @@ def fetch(dataset, indices, device):
     cuda = device.type == "cuda"
     if cuda and not images.is_cuda:
         images, masks = images.pin_memory(), masks.pin_memory()
-    # A copy that nobody waits for is safe on CUDA alone: there kernels queue behind it.
+    # non_blocking is safe on CUDA alone: there later kernels queue behind the copy.
     return [tensor.to(device, non_blocking=cuda) for tensor in (images, masks)]
 
 
 def _channels(values, device):
-    """Return numbers as float32 (3, 1, 1), made on the device: a copy to it makes the CPU wait."""
+    """Return three numbers as float32 (3, 1, 1), filled in on the device: nothing waits."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
@@ -443,12 +446,11 @@ def _check_bytes(images):
 
 
 def normalize(images):
-    """Return uint8 images (N, 3, H, W) as float32, less ImageNet's mean, over its deviation."""
+    """Return uint8 images (N, 3, H, W) as float32: (images / 255 - MEAN) / STD by channel."""
     _check_bytes(images)
     mean, std = _channels(MEAN, images.device), _channels(STD, images.device)
     normalized = (images / 255 - mean) / std
-    # The memory layout of the weights (utils.to_device); else some layers would run in
-    # another.
+    # The same memory layout as that of the weights (utils.to_device).
     layout = torch.contiguous_format if images.is_mps else torch.channels_last
     return normalized.contiguous(memory_format=layout)
 
@@ -471,8 +473,8 @@ def augment(images, masks, mode="affine", size=None):
     matrices = random_matrices(n, mode, width / height, images.device)
     shape = (n, 3, size or height, size or width)
     grid = F.affine_grid(matrices, shape, align_corners=False)
-    # grid_sample fills with 0 outside, so 0 is made to stand for the mean colour, and
-    # for void.
+    # grid_sample gives 0 outside the picture. So the mean colour, and VOID, are subtracted
+    # first and added after it: what comes from outside is that.
     mean = 255 * _channels(MEAN, images.device)
     centered, below_void = images - mean, masks[:, None] - float(VOID)
     images = F.grid_sample(centered, grid, mode="bilinear", align_corners=False) + mean
@@ -485,10 +487,10 @@ def augment(images, masks, mode="affine", size=None):
 def random_matrices(n, mode, aspect, device):
     """Return n random transforms of `augment`'s mode, float32 (n, 2, 3).
 
-    Each maps an output point to the input point whose colour it takes: mirror and
-    stretch, then shear, rotate, zoom and shift. Coordinates go from -1 to 1 across the
-    picture, whose width is `aspect` times its height. Raises ValueError for an unknown
-    mode.
+    Each maps a point of the output to the point of the input that gives its colour:
+    mirror and stretch, then shear, rotate, zoom, shift. Coordinates go from -1 to 1
+    across the picture, whose width is `aspect` times its height. Raises ValueError for
+    an unknown mode.
     """
 
     def uniform(low, high):
@@ -522,17 +524,20 @@ def random_matrices(n, mode, aspect, device):
 
 
 def jitter_colors(images, strength=0.3):
-    """Change brightness, contrast, saturation and tint of float images (N, 3, H, W)."""
+    """Change brightness, contrast, saturation and tint of float images (N, 3, H, W).
+
+    Each factor is drawn from 1 - strength to 1 + strength, for each image.
+    """
 
     def factor(channels=1, strength=strength):
         noise = torch.rand(len(images), channels, 1, 1, device=images.device)
         return 1 + strength * (2 * noise - 1)
 
-    images = images * factor() * factor(3, strength / 2)
+    images = images * factor() * factor(3, strength / 2)  # brightness, and tint by channel
     mean = images.mean((1, 2, 3), keepdim=True)
-    images = (images - mean) * factor() + mean
+    images = (images - mean) * factor() + mean  # contrast
     gray = images.mean(1, keepdim=True)
-    return (images - gray) * factor() + gray
+    return (images - gray) * factor() + gray  # saturation
 
 
 # ------------------------------------------------------------- classes and their shares
@@ -545,10 +550,11 @@ def class_counts(dataset):
 
 
 def check_labels(dataset, where, learns=True):
-    """Raise DataError where the masks of a data set have nothing to learn, or to score by.
+    """Raise DataError for masks that have nothing to learn, or to score by.
 
-    where: how messages name the data set. learns: whether it is for training, where
-    background alone will not do.
+    To learn from (`learns`) they need a class beside background. To score by they may be
+    background alone, but not background and void: then objects were probably saved as
+    255. where: how messages name the data set.
     """
     background = dataset.classes[0]
     if background.lower().strip("_ ") in ("void", "unlabeled", "unlabelled", "ignore"):
@@ -566,14 +572,14 @@ def class_weights(dataset, scheme):
 
     With p(c) the share of class c among all pixels of the masks that are not void:
 
-    `inverse`: 1 / (C p(c)), the paper's; C counts the classes that occur. A pixel weighs 1 on average.
-    `median`: median of f / f(c), where f(c) is c's share of the pixels of those images that show c
-        (Eigen and Fergus 2015, Predicting Depth, Surface Normals and Semantic Labels, section 4.3.3).
-    `enet`: 1 / ln(1.02 + p(c)), between 1.4 and 50.5 (Paszke et al. 2016, ENet, section 5.2).
+    `inverse`: 1 / (C p(c)), the paper's. C: how many classes occur. A pixel weighs 1 on
+        average.
+    `median`: the median of all f, divided by f(c). f(c): the pixels of class c, divided
+        by all pixels of the images that show c (Eigen and Fergus 2015, Predicting Depth,
+        Surface Normals and Semantic Labels, section 4.3.3).
+    `enet`: 1 / ln(1.02 + p(c)), from 1.4 to 50.5 (Paszke et al. 2016, ENet, section 5.2).
 
-    A class that never occurs would get an infinite weight from the first two: it gets
-    1, which changes nothing in training and lets its pixels count in a validation loss.
-    ENet's is finite.
+    The first two would give a class that never occurs an infinite weight: it gets 1.
     """
     counts = class_counts(dataset).double()
     pixels = counts.sum(0)
@@ -598,7 +604,8 @@ def class_weights(dataset, scheme):
 def download_voc(name, split):
     """Return the folder of voc2007 or voc2012, downloaded where a split is missing.
 
-    train, val and trainval come in one archive, 2007's test in another. Raises DataError.
+    train, val and trainval come in one archive, 2007's test in another; the first is
+    taken for whole where val's list is there. Raises DataError.
     """
     year, part = name[3:], "test" if (name, split) == ("voc2007", "test") else "val"
     folder = DOWNLOADS / "VOCdevkit" / f"VOC{year}"
@@ -617,8 +624,7 @@ def download_voc(name, split):
             # Nothing outside the folder. Debian 12's Python 3.11.2 has no such check:
             # there the md5 must do.
             tar.extraction_filter = getattr(tarfile, "data_filter", None)
-            # The lists come last: where `part`'s is, an earlier unpacking came to its
-            # end.
+            # The lists come last: one that exists proves that all else was unpacked.
             order = sorted(tar, key=lambda member: ("ImageSets" in member.name, member.name))
             tar.extractall(DOWNLOADS, order)
     return folder

@@ -29,7 +29,7 @@ import utils
 
 PAPER_SIZE = 224  # the side of the masks in the paper's protocol, whatever the network is fed
 # Settings that have a column of their own, or say where and how fast a run was made.
-NOT_COMPARED = {"model", "size", "device", "precision", "compile", "epochs", "steps"}
+NOT_COMPARED = {"model", "size", "device", "precision", "compile"}
 
 
 def parse_args(argv=None):
@@ -56,7 +56,7 @@ def parse_args(argv=None):
 
 
 def describe(path, checkpoint, args):
-    """Return what an evaluation is: {checkpoint, data, split, size, protocol}."""
+    """Return what is scored, and how: {checkpoint, data, split, size, protocol}."""
     protocol = "own resolution, void ignored"
     if args.void_as_background:
         protocol = f"{PAPER_SIZE}x{PAPER_SIZE}, void as background"
@@ -308,9 +308,12 @@ def compare(paths, checkpoints, evaluations, args, device):
     if args.images:
         shown = [first.names.index(name) for name in args.images]
     images, rows, results = first.images[shown], {"truth": first.masks[shown]}, {}
-    for name, path, *what, dataset in zip(names, paths, checkpoints, evaluations, datasets):
+    # Of each checkpoint: itself, what `describe` says of it, its data set.
+    every = zip(names, paths, zip(checkpoints, evaluations, datasets))
+    for name, path, (checkpoint, about, dataset) in every:
         print(f"{path} ...", flush=True)
-        results[name], _, _, model = score_checkpoint(path, *what, dataset, args, device)
+        scored = score_checkpoint(path, checkpoint, about, dataset, args, device)
+        results[name], _, _, model = scored
         title = f"{name}\nmIoU {results[name]['mean_iou']:.4f}"
         rows[title] = label(model, dataset.images[shown], device, images.shape[-2:], args.tta)
 

@@ -53,8 +53,8 @@ class EncoderDecoder(nn.Module):
     """What all networks here are: an encoder, and a decoder that takes what the encoder gives.
 
     Maps float images (N, 3, H, W) to logits (N, num_classes, H, W), H and W from 32 up.
-    `pretrained_parts` names the parts that come with trained weights, which train.py
-    must not initialise; any nn.Module can have it.
+    train.py gives new weights to all parts but `pretrained_parts`, which came with trained
+    ones. A network of your own may lack this.
     """
 
     def __init__(self, encoder, decoder, pretrained=False):
@@ -83,7 +83,7 @@ class FCN(EncoderDecoder):
 
 
 class Downsampler(nn.Module):
-    """Table 3: a strided convolution and a max pooling, joined in the channels."""
+    """Table 3: a strided convolution and a max pooling, concatenated in the channels."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -96,7 +96,7 @@ class Downsampler(nn.Module):
 
 
 class NonBottleneck1d(nn.Module):
-    """Table 2: a residual block whose two 3x3 convolutions are each factored into 3x1 and 1x3."""
+    """Table 2: a residual block, by ERFNet's name. A 3x1 and a 1x3 convolution stand for a 3x3 one."""
 
     def __init__(self, channels, dropout=0.0, dilation=1):
         super().__init__()
@@ -107,8 +107,9 @@ class NonBottleneck1d(nn.Module):
         self.conv3x1_2 = nn.Conv2d(channels, channels, (3, 1), padding=(d, 0), dilation=(d, 1))
         self.conv1x3_2 = nn.Conv2d(channels, channels, (1, 3), padding=(0, d), dilation=(1, d))
         self.bn2 = nn.BatchNorm2d(channels, eps=1e-3)
-        # At first the block passes its input on unchanged (Goyal et al. 2017, Accurate,
-        # Large Minibatch SGD, section 5.1): else the signal grows from block to block.
+        # Scaled by 0 at first, so that the block passes its input on unchanged (Goyal et
+        # al. 2017, Accurate, Large Minibatch SGD, section 5.1): else the signal grows from
+        # block to block.
         nn.init.zeros_(self.bn2.weight)
         self.dropout = nn.Dropout2d(dropout)
 
@@ -192,7 +193,7 @@ def double_conv(n_in, n_out):
 
 
 class UNetEncoder(nn.Module):
-    """Table 6 down to conv10: gives five maps, 64 channels at full size to 1024 at 1/16."""
+    """Table 6 down to conv10: gives five feature maps, 64 channels at full size to 1024 at 1/16."""
 
     def __init__(self):
         super().__init__()
@@ -221,8 +222,8 @@ class UNetDecoder(nn.Module):
         self.deconvs = nn.ModuleList(
             nn.ConvTranspose2d(n_in, n_out, 2, stride=2) for n_in, n_out in channels
         )
-        # The table gives conv17 64 channels in; with the skip, as in conv11 to conv15,
-        # it is 128.
+        # The paper's table has 64 channels into the last of these, conv17; with the skip
+        # it must be 128, as in those before it.
         self.convs = nn.ModuleList(double_conv(2 * width, width) for width in (w4, w3, w2, w1))
         self.output = nn.Conv2d(w1, num_classes, 1)
 
@@ -236,13 +237,13 @@ class UNetDecoder(nn.Module):
 
     @staticmethod
     def join(skip, x):
-        """Join an encoder's map and the ReLU of x, cut to its size, in the channels."""
+        """Concatenate an encoder's map and the ReLU of x, cut to its size, in the channels."""
         height, width = skip.shape[-2:]
         return torch.cat([skip, F.relu(x)[..., :height, :width]], dim=1)
 
 
 class UNet(EncoderDecoder):
-    """Table 6 (Ronneberger et al. 2015), with padding, batch norm and linear logits."""
+    """Table 6 (Ronneberger et al. 2015), here padded, with batch norm, and no ReLU on the logits."""
 
     def __init__(self, num_classes=21):
         super().__init__(UNetEncoder(), UNetDecoder((64, 128, 256, 512, 1024), num_classes))
@@ -251,8 +252,8 @@ class UNet(EncoderDecoder):
 class ResNet34Encoder(nn.Module):
     """torchvision's ResNet34 without its classifier (He et al. 2015).
 
-    Gives the last map, 512 channels at 1/32 of the image; with `all_maps` a list of
-    five, before it 64 channels at 1/2, 64 at 1/4, 128 at 1/8 and 256 at 1/16.
+    Gives the last feature map, 512 channels at 1/32 of the image; with `all_maps` a list
+    of five: 64 channels at 1/2, 64 at 1/4, 128 at 1/8, 256 at 1/16, 512 at 1/32.
     `pretrained` takes the weights that torchvision trained on ImageNet; raises ModelError,
     naming the file, where they can be neither found nor downloaded.
     """
@@ -350,7 +351,7 @@ def from_checkpoint(checkpoint):
 
 
 def load_encoder(model, file):
-    """Copy the trained weights that fit into `model`; return (loaded, left out), lists of names.
+    """Copy all tensors that fit into `model`, the decoder's too; return (loaded, left out), names.
 
     `file` is what torch.load gave: a checkpoint of this project, a file of ERFNet's
     authors, torchvision's ResNet34, or any dictionary of tensors that are named as in
@@ -359,6 +360,7 @@ def load_encoder(model, file):
     """
     stored = file.get("state_dict", file)
     own = model.state_dict()
+    # module. twice: it may stand before or after the compiler's _orig_mod.
     for word in ("module.", "_orig_mod.", "module.", "model."):
         if not own.keys() & stored.keys() and all(name.startswith(word) for name in stored):
             stored = {name.removeprefix(word): tensor for name, tensor in stored.items()}

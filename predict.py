@@ -73,7 +73,7 @@ def images_in(folder):
     """Return a folder's images, and print what else is in it, but for hidden files."""
     files = data.image_files(folder)
     outputs = {f"{file.stem}_{kind}" for file in files for kind in KINDS}
-    images = [file for file in files if file.stem not in outputs]  # masks of others are no photos
+    images = [file for file in files if file.stem not in outputs]  # a.jpg's a_mask.png is no photo
     others = sorted(path.name for path in set(folder.glob("[!.]*")) - set(images))
     if others:
         some = ", ".join(others[:9]) + (", ..." if len(others) > 9 else "")
@@ -149,7 +149,7 @@ def overlay(image, mask, classes):
 
 
 def outline(mask, width):
-    """Return where a class mask (H, W) is no background and near another class."""
+    """Return a mask, bool (H, W), of the pixels of objects within `width` of another class."""
     near = np.zeros(mask.shape, bool)
     near[width:] |= mask[width:] != mask[:-width]
     near[:-width] |= mask[:-width] != mask[width:]
@@ -191,7 +191,7 @@ def main(argv=None):
         images = data.normalize(data.to_tensor(image, size)[None].to(device))
         labels, sure = utils.segment(model, images, (image.height, image.width), args.tta)
         objects = labels > 0
-        mean = sure[objects].mean().item() if objects.any() else None
+        certainty = sure[objects].mean().item() if objects.any() else None
         mask = labels[0].cpu()
         del labels, sure, objects  # as large as the photograph
 
@@ -201,10 +201,10 @@ def main(argv=None):
         shares = class_shares(mask, len(classes))
         found = ", ".join(f"{classes[c]} {share:.1%}" for c, share in shares.items())
         written = "" if name == path.stem else f" -> {name}_mask.png"
-        sure = f"; sure of what is no {classes[0]}: {mean:.2f}" if mean else ""
+        sure = f"; sure of what is no {classes[0]}: {certainty:.2f}" if certainty else ""
         done = f"{number}/{len(paths)} " if len(paths) > 1 else ""
         print(f"{done}{' '.join(str(path).splitlines())}{written}: {found}{sure}", flush=True)
-        bare += mean is None
+        bare += certainty is None
     if bare:
         score = checkpoint["metrics"].get("val_mean_iou", float("nan"))
         print(f"{bare} of {len(paths)} masks are nothing but {classes[0]}: right if that is all;")
@@ -213,7 +213,7 @@ def main(argv=None):
         print(f"masks and overlays are in {out}")
     elif not args.out:
         out.rmdir()  # nothing was written
-    return 0 if not failed else 1 if failed < len(paths) else 2
+    return 0 if not failed else 1 if failed < len(paths) else 2  # all were read, some, none
 
 
 if __name__ == "__main__":

@@ -2,18 +2,18 @@
 
     python train.py --model darrennet --augment --cosine     PASCAL VOC 2007, downloaded to data/
     python train.py --data shapes --model fcn --size 64      drawn shapes, no download
-    python train.py --data DIR --class-weights               a folder of your own
+    python train.py --data DIR --augment --cosine            a folder of your own
     python train.py --resume                                 go on with the newest run
     torchrun --nproc_per_node=8 train.py                     train on eight GPUs
 
-A run fills a folder, runs/NAME/: best.pt (the epoch with the best validation mIoU),
+A run fills a folder, runs/MODEL/: best.pt (the epoch with the best validation mIoU),
 last.pt (all that resuming needs), log.csv, settings.json and, at the end, curves.png
-and samples.png. It is validated about a hundred times; if it is ended, it goes on from
-the last of these.
+and samples.png. It is validated about a hundred times; if it is interrupted, it goes on
+from the last of these.
 
 The order of this file is that of a run: settings, data and network, the step,
-validation, the loop, files. To learn how training works read from `class Run` to `fit`;
-what makes it faster stands at the end.
+validation, the loop, files; at the end what makes it faster, and `main`. To learn how
+training works read from `class Run` to `fit`.
 """
 
 import argparse
@@ -55,10 +55,10 @@ def make_parser():
     add("--model", choices=models.MODELS, default="darrennet", help="the network" + default)
     how = "voc2007 or voc2012 (downloaded to data/), shapes (drawn) or a folder" + default
     add("--data", default="voc2007", metavar="NAME|DIR", help=how)
-    how = "transform the images at random: flip, or affine (--augment alone); default: no"
+    how = "transform the images at random: flip, or affine (no value: affine); default: no"
     add("--augment", nargs="?", const="affine", choices=data.MODES, help=how)
     add("--cosine", action="store_true", help="lower the learning rate to 0; default: constant")
-    how = "rare classes count more in the loss (alone: inverse); default: no"
+    how = "rare classes count more in the loss (no value: inverse); default: no"
     add("--class-weights", nargs="?", const="inverse", choices=data.SCHEMES, help=how)
     add("--size", type=utils.number(int, 32, 4096), default=96, help="the images' side" + default)
     length = group.add_mutually_exclusive_group().add_argument
@@ -66,29 +66,29 @@ def make_parser():
     length("--steps", type=count, default=10_000, metavar="N", help=how)
     length("--epochs", type=count, metavar="N", help="the same in passes, instead of --steps")
     add("--out", type=Path, metavar="DIR", help="the run's folder; default: runs/MODEL, numbered")
-    how = "go on with a run, its folder or last.pt (alone: --out, or start there; or the newest)"
+    how = "go on with this run, a folder or last.pt; no value: with --out, or else the newest"
     add("--resume", nargs="?", const="newest", metavar="RUN", help=how)
 
     add = parser.add_argument_group("training").add_argument
-    add("--init", choices=utils.INITIALIZERS, default="kaiming", help="of new weights" + default)
+    add("--init", choices=utils.INITIALIZERS, default="kaiming", help="how weights begin" + default)
     add("--pretrained", action=yes_or_no, default=True, help="resnet34_: begin from ImageNet's")
-    how = "start from a file instead: a checkpoint, ERFNet's or torchvision's; all that fits"
+    how = "start from all weights in FILE that fit: a checkpoint, ERFNet's, torchvision's"
     add("--encoder-weights", metavar="FILE", help=how)
     how = "the encoder learns at FACTOR times the rate; 0 freezes it" + default
     add("--encoder-lr", type=utils.number(float, 0, 1), default=1.0, metavar="FACTOR", help=how)
     add("--batch-size", type=count, default=16, metavar="N", help="images in a step" + default)
     add("--lr", type=real, default=2e-3, metavar="X", help="learning rate (AdamW's)" + default)
     add("--weight-decay", type=real, default=0.2, metavar="X", help="pulls weights to 0" + default)
-    how = "keep weights averaged over about 1/(1 - X) steps; 0: the last step's" + default
+    how = "average the weights over about 1/(1 - X) steps; 0: no average" + default
     add("--ema", type=utils.number(float, 0, 0.9999), default=0.99, metavar="X", help=how)
     add("--patience", type=count, metavar="N", help="stop after N epochs without a better mIoU")
     add("--seed", type=utils.number(int, 0, 2**31 - 1), default=0, help="random seed" + default)
-    add("--train-split", default="train", metavar="NAME", help="to learn from" + default)
-    add("--val-split", default="val", metavar="NAME", help="to validate on" + default)
+    add("--train-split", default="train", metavar="NAME", help="the list to learn from" + default)
+    add("--val-split", default="val", metavar="NAME", help="the list to validate on" + default)
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps" + default)
-    how = "numbers of the forward pass; auto: the smallest that the hardware is fast with" + default
+    how = "number format in the network; auto: 16 bits where the device is fast with them" + default
     add("--precision", choices=PRECISIONS, default="auto", help=how)
     how = "a CUDA graph on one CUDA GPU, elsewhere torch.compile; default: no"
     add("--compile", action=yes_or_no, default=False, help=how)
@@ -96,14 +96,13 @@ def make_parser():
 
 
 def read_settings(argv):
-    """Return (settings, what the last.pt to go on from holds, or None for a new run).
+    """Return (settings, the content of last.pt, or None for a new run).
 
-    A run may go on for longer or on another device; what would make it another run is
-    refused.
+    A resumed run keeps its settings: only those in `free` may be typed anew.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    # --out DIR --resume starts the run that it later goes on with.
+    # --out DIR --resume starts a new run while DIR has no last.pt.
     starts = args.resume == "newest" and args.out and not (args.out / "last.pt").exists()
     if not args.resume or starts:
         return args, None
@@ -119,7 +118,7 @@ def read_settings(argv):
     parser.set_defaults(**stored)  # what is not typed again stays as it was
     args = parser.parse_args(argv)
     if any(str(word).startswith("--st") for word in argv or sys.argv):
-        args.epochs = None  # --steps was typed, and says how long the run is now
+        args.epochs = None  # --steps was typed (argparse takes --st, too): it counts now
     free = {"data", "steps", "epochs", "patience", "batch_size", "device", "precision", "compile"}
     changed = [name for name in stored.keys() - free if getattr(args, name) != stored[name]]
     if changed:
@@ -137,11 +136,19 @@ def without_place(args):
 
 
 class Run:
-    """What the functions of this file share: made of the settings, or of a last.pt."""
+    """A training run: settings, data, networks, optimizer, history.
+
+    The functions below take it as `run`. It has two networks: `model` learns, and the
+    weights of `average` are a running mean of model's. `average` is what is validated,
+    what best.pt holds (as `state_dict`) and what evaluate.py scores; last.pt holds both.
+
+    On one CPU in float32 `rank` is 0, `processes` is 1, `forward` is the model itself,
+    and `scaler` does nothing. last: the content of last.pt, or None for a new run.
+    """
 
     def __init__(self, args, last, device, rank=0, processes=1):
         self.args, self.device = args, device
-        self.rank, self.processes = rank, processes  # this is process `rank` of so many
+        self.rank, self.processes = rank, processes  # torchrun's: this is process `rank`
         self.precision = args.precision
         if args.precision == "auto":
             self.precision = fast_precision(device)
@@ -159,27 +166,28 @@ class Run:
 
         torch.manual_seed(args.seed)
         file = utils.read_tensors(args.encoder_weights) if args.encoder_weights and not last else {}
-        new = None if last else make_model(args, len(self.train_set.classes), file)
-        self.model = utils.to_device(new or models.from_checkpoint(last), device)
-        # A second network, whose weights are the running mean of the first's: it is
-        # what is validated, what best.pt holds and what evaluate.py scores.
+        # Of last.pt this takes the averaged weights; `restore` loads those that learn.
+        model = models.from_checkpoint(last) if last else make_model(args, self.train_set, file)
+        self.model = utils.to_device(model, device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        # fused: on a CPU it takes 0.26 to 0.40 of the time.
+        # fused: one kernel updates all weights, on a CPU in 0.26 to 0.40 of the time.
         options = {"weight_decay": args.weight_decay, "fused": True}
         groups = parameter_groups(self.model, args.encoder_lr)
         self.optimizer = torch.optim.AdamW(groups, args.lr, **options)
-        # float16 has no numbers below 6e-8: small gradients would be lost as zeros. So the
-        # loss is multiplied by a large number, and the gradients divided by it.
+        # float16 rounds numbers below 6e-8 to 0. So the loss is multiplied by a large
+        # factor before backward(), and the gradients are divided by it before the step.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
         self.history = []  # the rows of log.csv
         if last:
             restore(self, last)
-        # All that it learned from, by name: evaluate.py says when it meets one of these.
+        # All images that its weights ever learned from, those of FILE included:
+        # evaluate.py says when it scores on some of them.
         before = ((last or file).get("images") or {}).get("train", [])
         self.images = {"train": sorted({*before, *self.train_set.names}), "val": self.val_set.names}
-        # What the step calls: the model, its CUDA graph, or wrapped for processes.
+        # What a step calls: the model, or a faster form of it with the same weights.
         self.forward = fast_forward(self)
-        self.averages, self.latest = averaged(self.average), averaged(self.model)
+        # The networks' own tensors, not copies: they change with every step.
+        self.tensors = float_tensors(self.average), float_tensors(self.model)
 
 
 def load_sets(args, device):
@@ -197,12 +205,12 @@ def load_sets(args, device):
     return train_set, val_set, weights
 
 
-def make_model(args, num_classes, file):
+def make_model(args, train_set, file):
     """Return a new network; file: what --encoder-weights holds, or {}."""
     options = {}
     if models.takes_pretrained(args.model):  # ImageNet's, where no other file is given
         options["pretrained"] = args.pretrained and not file
-    model = models.build_model(args.model, num_classes, **options)
+    model = models.build_model(args.model, len(train_set.classes), **options)
 
     pretrained = getattr(model, "pretrained_parts", ())
     # Only parts without trained weights get new ones.
@@ -219,13 +227,16 @@ def make_model(args, num_classes, file):
 
 
 def parameter_groups(model, encoder_lr):
-    """Return AdamW's groups of parameters: all in one, or where the encoder learns slower its in a second."""
+    """Return AdamW's groups: one of all parameters, or two: the others, then the encoder's.
+
+    Two where --encoder-lr is not 1. At 0 the encoder is frozen here.
+    """
     if encoder_lr == 1:
         return [{"params": list(model.parameters())}]
     if not hasattr(model, "encoder"):
         raise utils.UserError("--encoder-lr: this network has no part that is called `encoder`")
-    encoder = set(model.encoder.requires_grad_(encoder_lr > 0).parameters())
-    others = [parameter for parameter in model.parameters() if parameter not in encoder]
+    model.encoder.requires_grad_(encoder_lr > 0)
+    others = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
     return [{"params": others}, {"params": list(model.encoder.parameters())}]
 
 
@@ -241,14 +252,14 @@ def check_settings(run, last):
 
 
 def restore(run, last):
-    """Bring a new run to where the run was that wrote last.pt, whose content is `last`."""
+    """Load an interrupted run's state, `last` (the content of last.pt), into a new run."""
     run.history = last["history"]
-    # Of its networks `state_dict` is the average, and `trained` the one that learns.
+    # Both networks have the averaged weights until here.
     run.model.load_state_dict(last["trained"])
     run.optimizer.load_state_dict(last["optimizer"])
     run.scaler.load_state_dict(last.get("scaler") or run.scaler.state_dict())
-    # Another kind of device may have stored Adam's moments in another memory layout than
-    # that of the weights, which its fused kernel takes for granted.
+    # Another kind of device may have stored Adam's two moments in another memory order.
+    # The fused kernel expects that of the weights: the moments are copied into it.
     for parameter, moments in run.optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
@@ -258,11 +269,11 @@ def restore(run, last):
 
 
 def criterion(logits, masks, weights):
-    """Return the loss, a scalar: the mean cross-entropy of the labelled pixels.
+    """Return the loss, a scalar: the mean cross-entropy of the labelled pixels (not void).
 
-    logits: float (N, C, H, W); masks: uint8 (N, H, W), classes or void; weights: float
-    (C,). Add a term (Dice, say, without the void) to that mean: training and validation
-    both use it.
+    logits: float (N, C, H, W); masks: uint8 (N, H, W), classes or void; weights: the
+    classes' weights, float (C,). To try another loss change this function: training and
+    validation both use it. A Dice term, for example, must leave void out.
     """
     # Divided by hand, because F.cross_entropy's own mean is NaN where all is void.
     logits, labels = logits.float(), masks.long()
@@ -271,16 +282,19 @@ def criterion(logits, masks, weights):
 
 
 def pixel_weight(masks, weights):
-    """Return the sum of the class weights of a batch's labelled pixels."""
-    # A weight for each of 256 labels, 0 for void. masks[masks != 255] would do as well,
-    # but make the CPU wait for the GPU.
+    """Return the sum of the class weights of all labelled pixels, the divisor of `criterion`."""
+    # Each label's weight is looked up; the padding gives void (255) the weight 0. To
+    # index with masks != 255 would make the CPU wait for the GPU.
     by_label = F.pad(weights, (0, 256 - len(weights)))
     return by_label[masks.long()].sum()
 
 
-def learning_rate(args, step, steps):
-    """Return the learning rate of a step, from 0, of so many: --lr, or cosine annealing to 0."""
-    factor = (1 + math.cos(math.pi * step / steps)) / 2 if args.cosine else 1
+def learning_rate(args, done, total):
+    """Return the learning rate when `done` of `total` steps, or epochs, are over.
+
+    It is --lr or, with --cosine, falls from --lr to 0 along half a cosine.
+    """
+    factor = (1 + math.cos(math.pi * done / total)) / 2 if args.cosine else 1
     return args.lr * factor
 
 
@@ -289,8 +303,8 @@ def train_one_epoch(run, epoch):
     args = run.args
     batches = data.epoch_order(run.train_set, run.batch_size, args.seed, epoch)
     total = torch.zeros((), device=run.device)
-    # Random numbers follow from seed, epoch and process alone, so nothing must be kept
-    # to resume. The primes keep one epoch's seeds apart from another's.
+    # Random numbers follow from --seed, epoch and process alone, so --resume has none to
+    # restore. Large primes: no two epochs or processes share a seed.
     torch.manual_seed(1_000_003 * epoch + 7_919 * run.rank + args.seed)
     run.model.train()
     if args.encoder_lr == 0:  # frozen, with its batch norms' statistics
@@ -305,12 +319,13 @@ def train_one_epoch(run, epoch):
             logits = run.forward(data.normalize(images))
         loss = criterion(logits, masks, run.weights)
 
-        # By the steps done: a scheduler of PyTorch's would have to be saved, too.
+        # Set in every step from `done`, so --resume needs no scheduler's state. The second
+        # group, where there is one, is the encoder's (parameter_groups).
         done = (epoch - 1) * len(batches) + step
         for group, factor in zip(run.optimizer.param_groups, (1, args.encoder_lr)):
             group["lr"] = factor * learning_rate(args, done, run.epochs * len(batches))
         run.optimizer.zero_grad()
-        # Without float16 the scaler only calls loss.backward() and optimizer.step().
+        # But for float16 this is  loss.backward()  and  optimizer.step().
         run.scaler.scale(loss).backward()
         run.scaler.step(run.optimizer)
         run.scaler.update()
@@ -320,26 +335,27 @@ def train_one_epoch(run, epoch):
 
 
 def autocast(run, **options):
-    """Return a context in which convolutions compute in --precision's numbers, weights stay float32."""
+    """Return a context: convolutions compute in --precision, weights stay float32."""
     if run.precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(run.device.type, getattr(torch, run.precision), **options)
 
 
-def averaged(network):
-    """Return the tensors of a network that are averaged: all but the counts of batch norms."""
-    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
-
-
 def update_average(run, steps):
-    """Move the averages of the weights, and of batch norms' statistics, towards the latest.
+    """Move the averaged weights, and batch norms' statistics, a little towards the latest.
 
-    An exponential moving average over about 1 / (1 - decay) steps, but early on over a
-    tenth of the `steps` so far, so that it soon forgets the random start.
+    average = decay * average + (1 - decay) * latest  is a mean over about the last
+    1 / (1 - decay) steps, 100 of them for 0.99. In the first thousand steps decay is
+    smaller: the random start is soon forgotten.
     """
     decay = min(run.args.ema, steps / (steps + 10))
-    # For each tensor: average = decay * average + (1 - decay) * latest, all at once.
-    get_ema_multi_avg_fn(decay)(run.averages, run.latest, None)
+    # PyTorch's helper does this for all tensors at once, in place.
+    get_ema_multi_avg_fn(decay)(*run.tensors, None)
+
+
+def float_tensors(network):
+    """Return a network's float tensors, not copied; batch norms' counters stay out."""
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
 
 
 # -------------------------------------------------------------- validation and the loop
@@ -350,11 +366,12 @@ def validate(run):
     """Score `run.average` on the validation set, void left out; return (loss, confusion matrix).
 
     The loss is the weighted mean over the split's labelled pixels, whatever the batch
-    size (a term that is no mean over pixels, such as Dice, may depend on it).
+    size (a term that is no mean over pixels, such as Dice, may depend on it). This is at
+    the training size: evaluate.py's scores, at the photos' own, differ.
     """
     model, num_classes = run.average.eval(), len(run.val_set.classes)
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
-    total = labelled = torch.zeros((), device=run.device)
+    total, labelled = torch.zeros(2, device=run.device)
     order = torch.arange(len(run.val_set.names), device=run.val_set.images.device)
     for indices in order.split(run.batch_size):
         images, masks = data.fetch(run.val_set, indices, run.device)
@@ -362,32 +379,31 @@ def validate(run):
             logits = model(data.normalize(images)).float()
         # max, because argmax takes several times as long on CPUs.
         cm += utils.confusion_matrix(logits.max(1).indices, masks, num_classes)
-        # Batches weigh by their labelled pixels, so that their size does not matter.
+        # A mean times its weight is a sum again; the sums are divided once, at the end.
         weight = pixel_weight(masks, run.weights)
-        total = total + criterion(logits, masks, run.weights) * weight
-        labelled = labelled + weight
+        total += criterion(logits, masks, run.weights) * weight
+        labelled += weight
     return (total / labelled.clamp(min=1e-9)).item(), cm
 
 
 def fit(run):
-    """Train epoch by epoch from where the run is; about a hundred times validate, save and print."""
+    """Train to the last epoch; validate, save and print about a hundred times."""
     first = run.history[-1]["epoch"] + 1 if run.history else 1
     if first > run.epochs:
         print("this run is finished; to go on with it, raise --steps or --epochs")
     losses, started = [], time.monotonic()
     for epoch in range(first, run.epochs + 1):
         losses.append(train_one_epoch(run, epoch))
+        # On to the validation after every (epochs // 100)-th epoch, and after the last.
         if epoch % max(1, run.epochs // 100) and epoch < run.epochs:
             continue
         if run.rank == 0:  # the others wait for it in their next step, to average gradients
-            trained = time.monotonic() - started
-            loss, (val_loss, cm) = sum(losses) / len(losses), validate(run)
-            # Before anything of it is saved. The scaler halves its number whenever a
-            # gradient is infinite.
+            loss, training_seconds = sum(losses) / len(losses), time.monotonic() - started
+            val_loss, cm = validate(run)
+            # Checked before saving. In float16 an infinite gradient halves the scaler's
+            # factor: one as small as this means that gradients stay infinite.
             if not math.isfinite(loss + val_loss) or run.scaler.get_scale() < 1e-6:
-                said = (
-                    f"epoch {epoch}: the loss, {loss}, in validation {val_loss}, or its gradients"
-                )
+                said = f"epoch {epoch}: loss {loss}, validation loss {val_loss}, or gradients"
                 remedy = "start anew with a smaller --lr, or --precision float32"
                 raise utils.UserError(f"{said} are not finite; {remedy}")
             row = {
@@ -397,7 +413,7 @@ def fit(run):
                 "val_loss": val_loss,
                 "val_mean_iou": utils.mean_iou(cm),
                 "val_pixel_accuracy": utils.pixel_accuracy(cm),
-                "images_per_second": len(losses) * len(run.train_set.names) / max(trained, 1e-9),
+                "images_per_second": len(losses) * len(run.train_set.names) / training_seconds,
                 "seconds": time.monotonic() - started,
             }
             run.history.append(row)
@@ -411,7 +427,7 @@ def fit(run):
 
 
 def report(run, row, cm, left):
-    """Print a validation's line, with the seconds that are left; say where only one class is named."""
+    """Print one line on a validation; `left`: seconds. Remark where it names a single class."""
     predicted = cm.sum(0).nonzero().flatten().tolist()
     print(
         f"epoch {row['epoch']}/{run.epochs}  "
@@ -422,7 +438,7 @@ def report(run, row, cm, left):
         flush=True,
     )
     if len(predicted) == 1:
-        print(f"  so far every pixel is labelled {run.val_set.classes[predicted[0]]}: go on")
+        print(f"  so far every pixel is {run.val_set.classes[predicted[0]]}, as is usual early on")
 
 
 # ----------------------------------------------------------------------- a run's folder
@@ -431,14 +447,14 @@ def report(run, row, cm, left):
 def claim_folder(args):
     """Return the run's folder: --out, or else the first free of runs/MODEL, runs/MODEL-2, ...
 
-    It is claimed by making its settings.json: of several runs that start at once only
-    one can.
+    It is claimed by making its settings.json, which only one of several runs that start
+    at once can do.
     """
     for folder in [args.out] if args.out else utils.numbered(Path("runs", args.model)):
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            # Mode x fails where the file exists. With --resume it is that of a run that
-            # was ended before it was validated.
+            # Mode x fails if the file exists: another run has this folder. With --resume
+            # it may exist: that run ended before its first validation.
             open(folder / "settings.json", "w" if args.resume else "x").close()
             return folder
     raise utils.UserError(f"{args.out}: holds a run; add --resume, or choose another --out")
@@ -459,7 +475,7 @@ def write_settings(run, argv):
 
 
 def save(run):
-    """Write best.pt where the last validation is the best, last.pt and log.csv."""
+    """Write last.pt and log.csv; best.pt too where this validation is the best so far."""
     args = run.args
     checkpoint = {
         "model": args.model,
@@ -480,7 +496,7 @@ def save(run):
         "scaler": run.scaler.state_dict(),
         "history": run.history,
     }
-    # best.pt first: after a crash in between, --resume comes to this validation again.
+    # best.pt first: after a crash between the two, --resume repeats this validation.
     if utils.best_row(run.history)["epoch"] == run.history[-1]["epoch"]:
         utils.save_checkpoint(run.args.out / "best.pt", checkpoint)
     utils.save_checkpoint(run.args.out / "last.pt", checkpoint | resuming)
@@ -567,7 +583,7 @@ def cuda_graph(run):
     images = data.normalize(torch.zeros(run.batch_size, 3, size, size, device="cuda").byte())
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     try:
-        # Weights that autocast keeps in bfloat16 would be recorded, and never change.
+        # Weights that autocast keeps in 16 bits would be recorded, and never change.
         with autocast(run, cache_enabled=False):
             whole = nn.Sequential(run.model.train())  # whose `forward` PyTorch replaces
             recorded = torch.cuda.make_graphed_callables(whole, (images,), allow_unused_input=True)

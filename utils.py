@@ -1,7 +1,4 @@
-"""What at least two of the scripts use.
-
-Sections: scores, initialisation, device, checkpoints, pictures, command line.
-"""
+"""What the scripts share: scores, initialisation, device, checkpoints, pictures, command line."""
 
 import argparse
 import contextlib
@@ -57,8 +54,9 @@ def confusion_matrix(pred, mask, num_classes):
 def iou(cm):
     """Return each class's intersection over union from a confusion matrix, float64 (C,), 0 to 1.
 
-    TP / (TP + FP + FN), the paper's equation 5; NaN for a class in neither truth nor
-    prediction.
+    TP / (TP + FP + FN), the paper's equation 5. For class c TP are its pixels that were
+    found, FN those that were missed (the rest of row c), FP pixels that were wrongly
+    called c (the rest of column c). NaN for a class in neither truth nor prediction.
     """
     cm = cm.cpu().double()  # Apple's GPUs have no float64
     true_positive = cm.diag()
@@ -77,7 +75,7 @@ def pixel_accuracy(cm):
 
 
 def mean_accuracy(cm):
-    """Return the mean over the true classes of the share of their pixels that is right, a float."""
+    """Return the mean over the classes of TP / (TP + FN), a float; without those not in the truth."""
     cm = cm.cpu().double()
     return (cm.diag() / cm.sum(1)).nanmean().item()
 
@@ -103,20 +101,21 @@ def frequency_weighted_iou(cm):
 
 @torch.inference_mode()
 def segment(model, images, size, tta=False):
-    """Return the class of every pixel for a normalised float batch (N, 3, H, W), and how sure it is.
+    """Return the class of every pixel, and the probability of that class.
 
-    This is softmax, enlarge, argmax, done class by class to save memory. The probabilities are brought to `size` (height, width) before the best class is
-    taken; returns labels, uint8 (N, height, width), and their probabilities, float, of
-    that shape. `tta` averages the probabilities with those of the mirrored image.
-    `model` must be in eval mode. evaluate.py and predict.py label pixels with this
-    alone.
+    images: normalised, float (N, 3, H, W); size: (height, width) of what is returned,
+    labels, uint8 (N, height, width), and probabilities, float, of that shape too.
+
+    Softmax; where `size` is another, smooth and enlarge; then argmax. `tta` (test-time
+    augmentation) first takes the mean with the mirrored image's softmax. `model` must be
+    in eval mode. evaluate.py and predict.py both label pixels by this function.
     """
     probabilities = model(images).float().softmax(1)
     if tta:
         mirrored = model(images.flip(-1)).float().softmax(1).flip(-1)
         probabilities = (probabilities + mirrored) / 2
-    # Transposed convolutions leave combs at outlines: a mean over 3x3 pixels of the
-    # network's grid takes them away, before the probabilities are enlarged.
+    # Transposed convolutions leave stripes at outlines. A mean over 3x3 pixels of the
+    # network's own grid removes them.
     if probabilities.shape[-2:] != tuple(size):
         probabilities = F.avg_pool2d(probabilities, 3, 1, 1, count_include_pad=False)
     # One class after the other, keeping the best so far: to enlarge all at once would
@@ -209,7 +208,7 @@ KEYS = {
     "epoch": int,
     "metrics": dict,
 }
-# By what they begin with: files that are often given for weights, and are none.
+# First bytes of files that are given by mistake, and what to say; b"" fits all others.
 NO_WEIGHTS = {
     b"version https://git-lfs": "is git-lfs' note of a file; `git lfs pull` fetches the file",
     b"<": "is a web page; download the file itself",
@@ -232,11 +231,12 @@ def save_checkpoint(path, checkpoint):
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        for pause in (0.1, 1, 3):  # Windows replaces no file that another program has open
+        # Tried again, since Windows replaces no file that another program has open.
+        for pause in (0.1, 1, 3):
             with contextlib.suppress(PermissionError):
                 return os.replace(temporary, path)
             time.sleep(pause)
-        os.replace(temporary, path)
+        os.replace(temporary, path)  # the last time with its error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -244,8 +244,8 @@ def save_checkpoint(path, checkpoint):
 def read_tensors(path):
     """Return what torch.save put into a file, tensors on the CPU: tensors and plain values alone.
 
-    It is a dictionary, and a file from a stranger cannot run code. Raises UserError for a
-    file that cannot be read so.
+    weights_only: a file from a stranger cannot run code. Raises UserError for a file
+    that cannot be read so, or that holds no dictionary.
     """
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -330,7 +330,7 @@ def test_the_comparisons_table_tells_by_flags_how_runs_differ():
     rows = evaluate.format_comparison(results).splitlines()[2:]
     assert [row.strip("|").split("|")[-1].strip() for row in rows] == [
         "--data /x --ema 0.99 --seed 0",
-        "--augment flip --cosine --data /x --ema 0.99 --seed 0",
+        "--augment flip --cosine --data /x --ema 0.99 --epochs 3 --seed 0",
         "--data /x --ema 0.99 --seed 1",
         "--class-weights a_b --data /y --ema 0 --seed 0",
     ]

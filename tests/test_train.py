@@ -105,7 +105,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_nothing_of_it_is_saved(vo
         with pytest.raises(utils.UserError, match=r"epoch 2: .*nan.* not finite; .*smaller --lr"):
             call(train, "--resume", "run/last.pt", "--epochs", 3)
     monkeypatch.setattr(train, "validate", lambda run: (float("inf"), torch.eye(21)))
-    with pytest.raises(utils.UserError, match="epoch 2: .*in validation inf"):
+    with pytest.raises(utils.UserError, match="epoch 2: .*validation loss inf"):
         call(train, "--resume", "run/last.pt", "--epochs", 3)
     assert Path("run/last.pt").read_bytes() == before
 
@@ -361,7 +361,7 @@ def test_the_average_follows_the_weights_for_as_long_as_it_should():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.BatchNorm1d(2))
     average = copy.deepcopy(model)
     run = SimpleNamespace(args=SimpleNamespace(ema=0.9))
-    run.averages, run.latest = train.averaged(average), train.averaged(model)
+    run.tensors = train.float_tensors(average), train.float_tensors(model)
     generator, expected = torch.Generator().manual_seed(0), 0
     for step in range(200):
         drawn = torch.randn(3, 2, generator=generator)
@@ -502,7 +502,7 @@ def test_gradients_that_stay_infinite_end_the_run(voc, monkeypatch):
     )
     ce = train.criterion
     monkeypatch.setattr(train, "criterion", lambda x, *rest: ce(x, *rest) + (0 * x).sum().sqrt())
-    with pytest.raises(utils.UserError, match="epoch 1: .* its gradients are not .*float32"):
+    with pytest.raises(utils.UserError, match="epoch 1: .* gradients are not .*float32"):
         quick_train("--data", voc, "--precision", "float16", epochs=2)
     assert not Path("run").exists()
 
