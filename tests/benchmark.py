@@ -2,11 +2,16 @@
 
 Each row is a ratio of two things timed in turns: the medians of their times, and between brackets
 the smallest and the largest ratio of any turn. Nothing else should be running. DIR is a folder that
-holds VOCdevkit/VOC2007. Both take about five minutes on two cores.
+holds VOCdevkit/VOC2007. All rows take about eight minutes on two cores.
+
+1: the loop of train.py beside bare steps. 2: scoring beside its parts. 3: what could make a step
+faster, beside the step as it is; --run RUN takes the steps of a run that has learned, whose small
+numbers may be slow.
 """
 
-import argparse
 import contextlib
+import functools
+import itertools
 import os
 import statistics
 import sys
@@ -23,6 +28,8 @@ import evaluate
 import models
 import train
 import utils
+
+USUAL = ("--augment", "--cosine")
 
 
 def timed(function):
@@ -45,9 +52,9 @@ def show(row, what, one, other, turns=5):
 
 def make_run(*flags):
     """Return the Run that train.py would make of the flags."""
-    args, _ = train.read_settings([*map(str, flags), "--augment", "--cosine", "--epochs", "1"])
+    args, last = train.read_settings([*map(str, flags)])
     with contextlib.redirect_stdout(open(os.devnull, "w")):
-        return train.Run(args, None, utils.select_device(args.device))
+        return train.Run(args, last, utils.select_device(args.device))
 
 
 def epoch_of(run, steps):
@@ -65,12 +72,13 @@ def bare_steps(model, batch, size, device, steps):
     images = data.normalize(images)
     labels = torch.randint(0, 21, (batch, size, size), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    fast = train.has_fast_bfloat16(device)
+    precision = train.fast_precision(device)
+    cast = {"dtype": getattr(torch, precision), "enabled": precision != "float32"}
 
     def take():
         model.train()
         for _ in range(steps):
-            with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+            with torch.autocast(device.type, **cast):
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()
@@ -82,7 +90,7 @@ def bare_steps(model, batch, size, device, steps):
 
 def row_1(root):
     for name, size, steps in (("fcn", 224, 4), ("darrennet", 224, 3), ("fcn", 64, 12)):
-        run = make_run("--model", name, "--data", root, "--size", size)
+        run = make_run("--model", name, "--data", root, "--size", size, *USUAL)
         bare = bare_steps(run.model, 16, size, run.device, steps)
         show(1, f"train.py's loop / bare steps: {name}, {size}x{size}", epoch_of(run, steps), bare)
 
@@ -114,16 +122,48 @@ def row_2(root):
     show(2, what, lambda: evaluate.score(model, dataset, device), decode_and_segment)
 
 
+def row_3(root, resumed=None):
+    run = make_run("--resume", resumed) if resumed else make_run("--data", root, *USUAL)
+    steps = epoch_of(run, 6)
+
+    def flushed():
+        """Take the steps with numbers that are smaller than float32's normal ones as 0."""
+        torch.set_flush_denormal(True)
+        steps()
+        torch.set_flush_denormal(False)
+
+    def every_fifth():
+        """Take the steps, averaging the weights after each fifth alone."""
+        update, count = train.update_average, itertools.count()
+        train.update_average = lambda *args: next(count) % 5 or update(*args)
+        steps()
+        train.update_average = update
+
+    def benchmarked():
+        """Take the steps with the convolutions that cuDNN finds to be fastest."""
+        torch.backends.cudnn.benchmark = True
+        steps()
+        torch.backends.cudnn.benchmark = False
+
+    what = f"{run.args.model}, {run.args.size}x{run.args.size}: step /"
+    show(3, f"{what} with denormal numbers as 0", steps, flushed)
+    show(3, f"{what} averaging after each fifth", steps, every_fifth)
+    if run.device.type == "cuda":
+        show(3, f"{what} with cudnn.benchmark", steps, benchmarked)
+
+
 def main(argv=None):
     """Run the rows asked for, or all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", type=int, metavar="ROW", help="1 or 2; default: all")
+    parser = utils.make_parser(__doc__)
+    parser.add_argument("rows", nargs="*", type=int, metavar="ROW", help="1 to 3; default: all")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--run", metavar="RUN", help="for row 3: its last.pt")
     args = parser.parse_args(argv)
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {utils.select_device()}\n")
     print("| row | what | ratio | medians |\n| --- | --- | --- | --- |")
-    for number in args.rows or (1, 2):
-        (row_1, row_2)[number - 1](args.data)
+    for number in args.rows or (1, 2, 3):
+        row = (row_1, row_2, functools.partial(row_3, resumed=args.run))[number - 1]
+        row(args.data)
 
 
 if __name__ == "__main__":
