@@ -207,9 +207,8 @@ def load_sets(args, device):
 
 def make_model(args, train_set, file):
     """Return a new network; file: what --encoder-weights holds, or {}."""
-    options = {}
-    if models.takes_pretrained(args.model):  # ImageNet's, where no other file is given
-        options["pretrained"] = args.pretrained and not file
+    imagenet = args.pretrained and not file
+    options = {"pretrained": imagenet} if models.takes_pretrained(args.model) else {}
     model = models.build_model(args.model, len(train_set.classes), **options)
 
     pretrained = getattr(model, "pretrained_parts", ())
@@ -306,9 +305,7 @@ def train_one_epoch(run, epoch):
     # Random numbers follow from --seed, epoch and process alone, so --resume has none to
     # restore. Large primes: no two epochs or processes share a seed.
     torch.manual_seed(1_000_003 * epoch + 7_919 * run.rank + args.seed)
-    run.model.train()
-    if args.encoder_lr == 0:  # frozen, with its batch norms' statistics
-        run.model.encoder.eval()
+    set_training_mode(run)
     for step, indices in enumerate(utils.progress(batches, f"epoch {epoch}/{run.epochs}")):
         # This process's part of the batch, which is all of it where there is one process.
         indices = indices[run.rank :: run.processes]
@@ -332,6 +329,13 @@ def train_one_epoch(run, epoch):
         update_average(run, done)
         total += loss.detach()  # .item() would make the CPU wait for the GPU in every step
     return total.item() / len(batches)
+
+
+def set_training_mode(run):
+    """Have dropout drop, and batch norms learn their statistics, but not in a frozen encoder."""
+    run.model.train()
+    if run.args.encoder_lr == 0:
+        run.model.encoder.eval()
 
 
 def autocast(run, **options):
@@ -585,7 +589,8 @@ def cuda_graph(run):
     try:
         # Weights that autocast keeps in 16 bits would be recorded, and never change.
         with autocast(run, cache_enabled=False):
-            whole = nn.Sequential(run.model.train())  # whose `forward` PyTorch replaces
+            set_training_mode(run)
+            whole = nn.Sequential(run.model)  # whose `forward` PyTorch replaces
             recorded = torch.cuda.make_graphed_callables(whole, (images,), allow_unused_input=True)
     except RuntimeError as error:
         raise utils.UserError(f"no CUDA graph ({str(error)[:90]}); try --no-compile") from error
