@@ -266,7 +266,8 @@ def format_comparison(results):
     for (name, metrics), settings in zip(results.items(), every):
         iou = {label: value for label, value in metrics["iou"].items() if value is not None}
         best, worst = (f"{c} {iou[c]:.3f}" for c in (max(iou, key=iou.get), min(iou, key=iou.get)))
-        given = [k for k in keys if str(settings.get(k)) not in ("None", "False")]
+        idle = "steps" if settings.get("epochs") else ""  # --epochs counts instead of it
+        given = [k for k in keys if k != idle and str(settings.get(k)) not in ("None", "False")]
         flags = [f"--{k.replace('_', '-')} {settings[k]}".removesuffix(" True") for k in given]
         lines.append(
             f"| {name} | {metrics['model']} | {metrics['size']} | {metrics['parameters']:,} "

@@ -267,8 +267,8 @@ class ResNet34Encoder(nn.Module):
             resnet = resnet34(weights=weights if pretrained else None)
         except Exception as error:  # no network, a broken download, a full disk
             said = f"ImageNet's ResNet34 cannot be fetched ({str(error)[:90]})"
-            remedy = f"give {weights.url} by --encoder-weights, or say --no-pretrained"
-            raise ModelError(f"{said}; {remedy}") from error
+            remedy = f"bring {weights.url} and give that file by --encoder-weights"
+            raise ModelError(f"{said}; {remedy}, or say --no-pretrained") from error
         self.all_maps = all_maps
         # By torchvision's names, so that its files of weights load as they are.
         self.conv1, self.bn1, self.pool = resnet.conv1, resnet.bn1, resnet.maxpool

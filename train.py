@@ -40,6 +40,10 @@ import models
 import utils
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+# GPUs that make NaN of float16, though Turing as the T4 is (PyTorch's issue 77955).
+NO_FLOAT16 = (
+    "GTX 16", "T500", "T550", "T600", "T1000", "T1200", "T2000", "MX450", "MX550", "CMP 30HX",
+)  # fmt: skip
 
 # ----------------------------------------------------------------------------- settings
 
@@ -149,9 +153,8 @@ class Run:
     def __init__(self, args, last, device, rank=0, processes=1):
         self.args, self.device = args, device
         self.rank, self.processes = rank, processes  # torchrun's: this is process `rank`
-        self.precision = args.precision
-        if args.precision == "auto":
-            self.precision = fast_precision(device)
+        auto = args.precision == "auto"
+        self.precision = fast_precision(device) if auto else args.precision
 
         # Process 0 loads, and downloads, first; the others wait for it, then load.
         if rank > 0:
@@ -171,7 +174,8 @@ class Run:
         self.model = utils.to_device(model, device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         # fused: one kernel updates all weights, on a CPU in 0.26 to 0.40 of the time.
-        options = {"weight_decay": args.weight_decay, "fused": True}
+        fused = (device.type, self.precision) != ("mps", "float16")  # there it ignores the scaler
+        options = {"weight_decay": args.weight_decay, "fused": fused}
         groups = parameter_groups(self.model, args.encoder_lr)
         self.optimizer = torch.optim.AdamW(groups, args.lr, **options)
         # float16 rounds numbers below 6e-8 to 0. So the loss is multiplied by a large
@@ -219,8 +223,8 @@ def make_model(args, train_set, file):
     print(f"--init {args.init}: {', '.join(new)}; pretrained: {', '.join(pretrained) or 'nothing'}")
     if args.encoder_weights:
         loaded, left = models.load_encoder(model, file)
-        if not loaded:
-            raise utils.UserError(f"{args.encoder_weights}: has no tensor that fits {args.model}")
+        if not loaded or hasattr(model, "encoder") and not any("encoder." in n for n in loaded):
+            raise utils.UserError(f"{args.encoder_weights}: does not fit {args.model}'s encoder")
         print(f"{args.encoder_weights}: {len(loaded)} tensors loaded, left out: {str(left)[:90]}")
     return model
 
@@ -241,12 +245,11 @@ def parameter_groups(model, encoder_lr):
 
 def check_settings(run, last):
     """Raise an error where the settings do not fit the data, or the run that is to go on."""
-    args, processes = run.args, run.processes
     if last and list(run.train_set.classes) != last["classes"]:
-        raise utils.UserError(f"{args.data}: has other classes than the run had; give its --data")
-    if run.batch_size < processes:
-        raise utils.UserError(f"--batch-size is {run.batch_size} for {processes} processes")
-    if processes > 1 and args.patience:
+        raise utils.UserError(f"{run.args.data}: has other classes than the run; give its --data")
+    if run.batch_size < run.processes:
+        raise utils.UserError(f"--batch-size is {run.batch_size} for {run.processes} processes")
+    if run.processes > 1 and run.args.patience:
         raise utils.UserError("--patience is for one process: only the first one validates")
 
 
@@ -395,14 +398,14 @@ def fit(run):
     first = run.history[-1]["epoch"] + 1 if run.history else 1
     if first > run.epochs:
         print("this run is finished; to go on with it, raise --steps or --epochs")
-    losses, started = [], time.monotonic()
+    losses, started = [], time.perf_counter()
     for epoch in range(first, run.epochs + 1):
         losses.append(train_one_epoch(run, epoch))
         # On to the validation after every (epochs // 100)-th epoch, and after the last.
         if epoch % max(1, run.epochs // 100) and epoch < run.epochs:
             continue
         if run.rank == 0:  # the others wait for it in their next step, to average gradients
-            loss, training_seconds = sum(losses) / len(losses), time.monotonic() - started
+            loss, training_seconds = sum(losses) / len(losses), time.perf_counter() - started
             val_loss, cm = validate(run)
             # Checked before saving. In float16 an infinite gradient halves the scaler's
             # factor: one as small as this means that gradients stay infinite.
@@ -418,7 +421,7 @@ def fit(run):
                 "val_mean_iou": utils.mean_iou(cm),
                 "val_pixel_accuracy": utils.pixel_accuracy(cm),
                 "images_per_second": len(losses) * len(run.train_set.names) / training_seconds,
-                "seconds": time.monotonic() - started,
+                "seconds": time.perf_counter() - started,
             }
             run.history.append(row)
             save(run)
@@ -427,7 +430,7 @@ def fit(run):
             if run.args.patience and since_best >= run.args.patience:
                 print(f"stopped: no better validation mIoU for {since_best} epochs")
                 break
-        losses, started = [], time.monotonic()
+        losses, started = [], time.perf_counter()
 
 
 def report(run, row, cm, left):
@@ -459,8 +462,9 @@ def claim_folder(args):
         with contextlib.suppress(FileExistsError):
             # Mode x fails if the file exists: another run has this folder. With --resume
             # it may exist: that run ended before its first validation.
-            open(folder / "settings.json", "w" if args.resume else "x").close()
-            return folder
+            if not any(folder.glob("*.pt")):
+                open(folder / "settings.json", "w" if args.resume else "x").close()
+                return folder
     raise utils.UserError(f"{args.out}: holds a run; add --resume, or choose another --out")
 
 
@@ -550,8 +554,8 @@ def fast_precision(device):
     """
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)  # 7: V100, T4, RTX 20; 8: Ampere
-        if "GTX 16" in torch.cuda.get_device_name(device):  # gives NaN: PyTorch's issue 77955
-            major = 0
+        if any(card in torch.cuda.get_device_name(device) for card in NO_FLOAT16):
+            return "float32"
         return "bfloat16" if major >= 8 else "float16" if major == 7 else "float32"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not tell
     return "bfloat16" if device.type == "cpu" and capabilities.get("amx_bf16") else "float32"

@@ -445,7 +445,7 @@ def cli(main, *user_errors):
             stream.reconfigure(errors="replace")
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # or `| head` has seen enough
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = " ".join(str(error).split())
@@ -492,7 +492,7 @@ def expand(paths):
     """
     found = []
     for path in paths:
-        matches = [] if path.exists() else sorted(glob.glob(str(path)))
+        matches = [] if path.exists() else sorted(glob.glob(str(path), recursive=True))
         found += map(Path, matches or [path])
     return list(dict.fromkeys(found))  # each once
 

@@ -5,8 +5,8 @@ the smallest and the largest ratio of any turn. Nothing else should be running. 
 holds VOCdevkit/VOC2007. All rows take about eight minutes on two cores.
 
 1: the loop of train.py beside bare steps. 2: scoring beside its parts. 3: what could make a step
-faster, beside the step as it is; --run RUN takes the steps of a run that has learned, whose small
-numbers may be slow.
+faster, beside the step as it is, with OMP_NUM_THREADS=1, since one of it acts on one thread alone;
+--run RUN takes the steps of a run that has learned, whose small numbers may be slow.
 """
 
 import contextlib

@@ -385,7 +385,7 @@ def test_results_trains_what_is_missing_and_makes_its_table_of_the_scores(voc, m
     monkeypatch.setattr(results, "ROWS", rows)
     monkeypatch.setattr(results, "SEEDS", {"a": (0, 1)})
     call(results, "--data", voc, "--jobs", 2)
-    runs = ("runs/a", "runs/a-1")
+    runs = ("runs/results/a", "runs/results/a-1")
     scores = [read_scores(f"{run}/scores/val-paper") for run in runs]
     assert [each["settings"]["seed"] for each in scores] == [0, 1]
     low, high = sorted(each["mean_iou"] for each in scores)

@@ -219,8 +219,11 @@ def test_one_command_starts_a_run_and_goes_on_with_it(voc, capsys):
     # Nor does a folder of a run that was ended before it was validated stop it.
     Path("killed").mkdir()
     Path("killed/settings.json").touch()
-    with pytest.raises(utils.UserError, match="killed: holds a run; add --resume, or"):
-        quick_train("--data", voc, name="killed", epochs=1)
+    Path("copied").mkdir()
+    Path("copied/best.pt").touch()
+    for name in ("killed", "copied"):
+        with pytest.raises(utils.UserError, match=f"{name}: holds a run; add --resume, or"):
+            quick_train("--data", voc, name=name, epochs=1)
     quick_train("--data", voc, "--resume", name="killed", epochs=1)
     assert len(read_rows("killed/log.csv")) == 1
     with pytest.raises(utils.UserError, match="run/last.pt: was trained with another --out"):
@@ -244,7 +247,7 @@ def test_checkpoints_that_cannot_be_gone_on_with_are_refused(voc):
         call(train, "--resume", "run/best.pt")
     write_voc(Path("two"), num_classes=2)
     Path("two/classes.txt").write_text("background\ncat")
-    with pytest.raises(utils.UserError, match="two: has other classes than the run had"):
+    with pytest.raises(utils.UserError, match="two: has other classes than the run; give"):
         call(train, "--resume", "run", "--epochs", 2, "--data", "two")
 
 
@@ -299,7 +302,7 @@ def test_without_network_the_error_says_where_the_weights_go(tmp_path, voc):
     result = run_script("train.py", *settings, cwd=tmp_path, **nowhere)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     said = result.stderr.splitlines()[-1]
-    assert "give https://download.pytorch.org/models/resnet34-b627a593.pth by --encoder" in said
+    assert "bring https://download.pytorch.org/models/resnet34-b627a593.pth and give that" in said
     assert "--no-pretrained" in said and not Path("run").exists()
     # As it says: the file alone is enough.
     torch.save(resnet34().state_dict(), "brought.pth")
@@ -311,7 +314,7 @@ def test_without_network_the_error_says_where_the_weights_go(tmp_path, voc):
 def test_encoder_weights_of_another_network_are_refused(voc):
     quick_train("--data", voc, epochs=1)
     flags = ("--data", voc, "--encoder-weights", "run/best.pt")
-    with pytest.raises(utils.UserError, match="run/best.pt: has no tensor that fits darrennet"):
+    with pytest.raises(utils.UserError, match="run/best.pt: does not fit darrennet's encoder"):
         quick_train(*flags, name="other", model="darrennet")
     assert not Path("other").exists()
 
@@ -473,7 +476,7 @@ def test_auto_takes_what_the_hardware_is_fast_with(monkeypatch):
     assert train.fast_precision(cpu) == train.fast_precision(torch.device("mps")) == "float32"
     cards = {"H200": (9, 0, "bfloat16"), "RTX 3060": (8, 6, "bfloat16"), "T4": (7, 5, "float16")}
     cards |= {"V100": (7, 0, "float16"), "P100": (6, 0, "float32")}
-    cards |= {"NVIDIA GeForce GTX 1650": (7, 5, "float32")}  # makes NaN of float16
+    cards |= dict.fromkeys(("NVIDIA GeForce GTX 1650", "T600"), (7, 5, "float32"))  # make NaN of it
     for name, (major, minor, expected) in cards.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, v=(major, minor): v)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda d, name=name: name)

@@ -18,8 +18,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 SCRIPTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(SCRIPTS))
+import data
 import utils
 
 FCN = "--model fcn --init xavier_uniform --epochs 150"
@@ -52,7 +55,8 @@ def parse_args(argv=None):
     add, names = parser.add_argument, [row[0] for row in ROWS]
     add("--data", default="voc2007", help="as for train.py; default: %(default)s")
     add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=", ".join(names))
-    add("--out", type=Path, default=Path("runs"), help="folder of the runs; default: %(default)s")
+    how = "folder of the runs, one for each data set; default: %(default)s"
+    add("--out", type=Path, default=Path("runs/results"), help=how)
     add("--jobs", type=utils.number(int, 1), default=1, help="how many to train at a time")
     add("--encoder", metavar="FILE", help="trained weights for the rows that are called transfer")
     add("--compile", action="store_true", help="handed to train.py")
@@ -72,14 +76,19 @@ def script(name, *args, log, threads):
 
 def finish_run(folder, flags, args):
     """Train a run to its end, and score it, where that is not done yet."""
-    log, threads = folder.with_suffix(".txt"), max(1, os.cpu_count() // args.jobs)
-    if not (folder / "curves.png").exists():  # which a run draws last
+    log, threads = folder.with_suffix(".txt"), max(1, torch.get_num_threads() // args.jobs)
+    if not is_finished(folder):
         script("train.py", *flags, "--out", folder, "--resume", log=log, threads=threads)
     for split in ("val", "test") if args.test else ("val",):
         for protocol, scored_by in PROTOCOLS.items():
             if not scores_path(folder, split, protocol).exists():
                 arguments = (folder, "--split", split, *scored_by)
                 script("evaluate.py", *arguments, log=log, threads=threads)
+
+
+def is_finished(folder):
+    """Return whether a run came to its end: samples.png is what it draws last."""
+    return (folder / "samples.png").exists()
 
 
 def scores_path(folder, split, protocol):
@@ -102,7 +111,7 @@ def cell(folders, split, protocol):
 
 def minutes(folders):
     """Return how long the runs took, validation included, as a cell of the table."""
-    logs = [folder / "log.csv" for folder in folders if (folder / "curves.png").exists()]
+    logs = [folder / "log.csv" for folder in folders if is_finished(folder)]
     if not logs:
         return "-"
     rows = [row for log in logs for row in csv.DictReader(log.read_text().splitlines())]
@@ -121,12 +130,19 @@ def main(argv=None):
         if name in args.rows and (args.encoder or not extra):
             for folder, seed in zip(runs[name], seeds):
                 wanted.append((folder, [*flags.split(), "--seed", seed, *shared, *extra]))
+    if not wanted:
+        raise utils.UserError("rows that are called transfer need --encoder FILE")
     args.out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
+    for split in ("val", "test") if args.test else ("val",):  # before several try it at once
+        data.load_dataset(args.data, split, size=32, progress=utils.progress)
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         jobs = [pool.submit(finish_run, *each, args) for each in wanted]
         for (folder, _), job in zip(wanted, jobs):
             job.result()
             print(f"{folder}: done", file=sys.stderr, flush=True)
+    finally:  # after an error, or Ctrl-C, no other row is begun
+        pool.shutdown(cancel_futures=True)
 
     columns = [(split, protocol) for split in ("val", "test") for protocol in PROTOCOLS]
     heads = ["set-up", "flags", "paper, test", *(", ".join(c) for c in columns), "minutes"]
@@ -138,4 +154,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    utils.cli(main)
+    utils.cli(main, data.DataError)
