@@ -59,9 +59,8 @@ def test_masks_shares_and_how_sure_the_network_is(capsys):
     # In the middle of each stripe, since the photograph is squeezed to 32 x 32.
     assert mask[20, [10, 30, 50, 70]].tolist() == [0, 1, 2, 2]
     printed = capsys.readouterr().out
-    line = re.search(
-        r"^a.png: (.*); sure of what is no background: (\d\.\d\d)$", printed, re.MULTILINE
-    )
+    said = r"^a.png: (.*); sure of what is no background: (\d\.\d\d)$"
+    line = re.search(said, printed, re.MULTILINE)
     shares = {c: (mask == i).mean() for i, c in enumerate(CLASSES)}
     order = sorted(CLASSES, key=lambda c: -shares[c])
     assert line[1] == ", ".join(f"{c} {shares[c]:.1%}" for c in order)
@@ -255,12 +254,10 @@ def test_the_overlay_is_the_photograph_with_classes_at_half_strength_and_an_outl
 
 
 def test_the_legend_names_the_classes_of_over_half_a_percent(monkeypatch):
-    written, draw = [], predict.ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        predict.ImageDraw.ImageDraw,
-        "text",
-        lambda self, xy, text, **k: written.append(text) or draw(self, xy, text, **k),
-    )
+    written, drawing = [], predict.ImageDraw.ImageDraw
+    draw = drawing.text
+    record = lambda self, xy, text, **k: written.append(text) or draw(self, xy, text, **k)
+    monkeypatch.setattr(drawing, "text", record)
     mask = np.zeros((100, 200), np.uint8)  # 20,000 pixels: half a percent is 100
     mask[:50] = 2
     mask[50, :101] = 1

@@ -164,16 +164,9 @@ def test_defaults_are_fixed_numbers_that_no_other_flag_changes():
     expected |= {"weight_decay": 0.2, "batch_size": 16, "ema": 0.99, "seed": 0, "epochs": None}
     expected |= {"augment": None, "cosine": False, "class_weights": None, "precision": "auto"}
     assert expected.items() <= plain.items()
-    flags = [
-        "--augment",
-        "--augment flip",
-        "--cosine",
-        "--class-weights",
-        "--epochs 3",
-        "--compile",
-    ]
-    flags += ["--size 224", "--model resnet34_unet", "--encoder-weights x.pt", "--encoder-lr 0"]
-    for flag in flags:
+    flags = "--augment, --augment flip, --cosine, --class-weights, --epochs 3, --compile, --size 64"
+    flags += ", --model resnet34_unet, --encoder-weights x.pt, --encoder-lr 0"
+    for flag in flags.split(", "):
         name = flag.split()[0].removeprefix("--").replace("-", "_")
         changed = {key for key, value in vars(parse(flag.split())).items() if value != plain[key]}
         assert changed == {name}
@@ -500,10 +493,8 @@ def test_float16_scales_the_loss_and_goes_on_with_its_scale(voc, monkeypatch):
 
 
 def test_gradients_that_stay_infinite_end_the_run(voc, monkeypatch):
-    monkeypatch.setattr(
-        torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2e-6)
-    )
-    ce = train.criterion
+    scaler, ce = functools.partial(torch.amp.GradScaler, init_scale=2e-6), train.criterion
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     monkeypatch.setattr(train, "criterion", lambda x, *rest: ce(x, *rest) + (0 * x).sum().sqrt())
     with pytest.raises(utils.UserError, match="epoch 1: .* gradients are not .*float32"):
         quick_train("--data", voc, "--precision", "float16", epochs=2)
