@@ -462,7 +462,7 @@ def claim_folder(args):
         with contextlib.suppress(FileExistsError):
             # Mode x fails if the file exists: another run has this folder. With --resume
             # it may exist: that run ended before its first validation.
-            if not any(folder.glob("*.pt")):
+            if args.resume or not any(folder.glob("*.pt")):
                 open(folder / "settings.json", "w" if args.resume else "x").close()
                 return folder
     raise utils.UserError(f"{args.out}: holds a run; add --resume, or choose another --out")

@@ -217,8 +217,8 @@ def test_one_command_starts_a_run_and_goes_on_with_it(voc, capsys):
     for name in ("killed", "copied"):
         with pytest.raises(utils.UserError, match=f"{name}: holds a run; add --resume, or"):
             quick_train("--data", voc, name=name, epochs=1)
-    quick_train("--data", voc, "--resume", name="killed", epochs=1)
-    assert len(read_rows("killed/log.csv")) == 1
+        quick_train("--data", voc, "--resume", name=name, epochs=1)
+        assert len(read_rows(f"{name}/log.csv")) == 1
     with pytest.raises(utils.UserError, match="run/last.pt: was trained with another --out"):
         call(train, "--resume", "run", "--out", "other")
 
