@@ -319,7 +319,7 @@ def split_names(root, split, images, masks):
         raise DataError(root, f"has no {split}.txt", remedy)
     unpaired = [name for name in names if name not in images or name not in masks]
     if unpaired or not names:
-        what = f"of {len(paired)} images with a mask none is for {split}"
+        what = f"{len(images)} images, {len(paired)} of them with a PNG mask, none for {split}"
         if unpaired:
             what = f"'{unpaired[0]}' is no image's name, or that image has no mask, a PNG"
         here = ", ".join(path.name for path in [*images.values()][:2] + [*masks.values()][:2])

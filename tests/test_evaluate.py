@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import conftest
@@ -387,13 +388,23 @@ def test_results_trains_what_is_missing_and_makes_its_table_of_the_scores(voc, m
     call(results, "--data", voc, "--jobs", 2)
     runs = ("runs/results/a", "runs/results/a-1")
     scores = [read_scores(f"{run}/scores/val-paper") for run in runs]
-    assert [each["settings"]["seed"] for each in scores] == [0, 1]
     low, high = sorted(each["mean_iou"] for each in scores)
     accuracy = sum(each["pixel_accuracy"] for each in scores) / 2
-    first, second = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert first[:3] == ["| FCN", f"`{flags}`", "0.06, 75 %"] and first[5:7] == ["not run"] * 2
+    lines = capsys.readouterr().out.splitlines()
+    first, second = [line.split(" | ") for line in lines[2:4]]
+    assert first[:3] == ["| FCN, mean of 2 seeds", f"`{flags}`", "0.06, 75 %"]
     assert first[3] == f"{(low + high) / 2:.4f} ({low:.4f} to {high:.4f}), {accuracy:.1%}"
-    assert second[3:7] == ["not run"] * 4  # no --encoder was given
+    assert first[5:] == ["not run", "not run |"]  # no --test was given
+    assert second[3:] == ["not run"] * 3 + ["not run |"]  # no --encoder was given
+    assert [line.split(" | ")[:2] for line in lines[-2:]] == [
+        ["| a", "1 of 1"],
+        ["| a-1", "1 of 1"],
+    ]
+    settings = [utils.load_checkpoint(f"{run}/best.pt")["args"] for run in runs]
+    assert [each["seed"] for each in settings] == [0, 1]
+
+    # What stands in results.json is not trained again, where its run has gone, too.
+    shutil.rmtree("runs/results/a")
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
     call(results, "--data", voc)
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before

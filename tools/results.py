@@ -5,17 +5,21 @@
     python tools/results.py --test                     score test as well, once all is chosen
     python tools/results.py --encoder FILE             the rows that start from trained weights, too
 
-Each row is a run of train.py, in a folder of its own. What was ended is gone on with by the
-same command, and what is finished is only read: so all figures in the table come from files
-that train.py and evaluate.py wrote.
+Each row is a run of train.py, in a folder of its own; what was ended is gone on with by the
+same command. What train.py and evaluate.py wrote about a finished run is gathered in
+results.json, and the table is made of that file alone: no figure is typed. A run that
+stands there is not trained again. The file behind docs/results.md is docs/results.json; copy
+it to runs/results/ to train only what it lacks.
 """
 
+import contextlib
 import csv
+import datetime
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -36,7 +40,7 @@ ROWS = (
     ("weights", "+ class weights", "0.04, 67 %", f"{FCN} --augment flip --cosine --class-weights"),
     ("darrennet", "DarrenNet", "0.05, 75 %", f"--model darrennet {PAPER}"),
     ("unet", "UNet", "0.05, 55 %", f"--model unet {PAPER}"),
-    ("main", "DarrenNet, our defaults, three seeds", "", "--model darrennet --augment --cosine"),
+    ("main", "DarrenNet, our defaults", "", "--model darrennet --augment --cosine"),
     ("transfer", "DarrenNet on ResNet34", "0.10, 78 %", f"--model resnet34_darrennet {TRANSFER}"),
     ("transfer-flip", "+ augmentation", "", f"--model resnet34_darrennet --augment flip {TRANSFER}"),
     ("transfer-affine", "affine instead", "0.15, 82 %",
@@ -45,8 +49,9 @@ ROWS = (
     ("transfer-fcn", "FCN on ResNet34", "", f"--model resnet34_fcn {TRANSFER}"),
 )  # fmt: skip
 SEEDS = {"main": (0, 1, 2)}  # of other rows 0 alone
-# The table's columns: a split, and the flags by which it is scored.
-PROTOCOLS = {"paper's": ["--void-as-background"], "own": []}
+# How a split is scored: the column's name, evaluate.py's flags, the end of its folder's name.
+PROTOCOLS = (("paper's", ["--void-as-background"], "-paper"), ("own", [], ""))
+KEPT = ("mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice")
 
 
 def parse_args(argv=None):
@@ -74,83 +79,125 @@ def script(name, *args, log, threads):
         raise utils.UserError(f"{name} ended with status {status}: see the end of {log}")
 
 
-def finish_run(folder, flags, args):
-    """Train a run to its end, and score it, where that is not done yet."""
-    log, threads = folder.with_suffix(".txt"), max(1, torch.get_num_threads() // args.jobs)
-    if not is_finished(folder):
+def finish_run(folder, flags, splits, threads):
+    """Train a run to its end where that is not done yet, score it, and return its record."""
+    log = folder.with_suffix(".txt")
+    if not (folder / "samples.png").exists():  # the last thing that train.py writes
         script("train.py", *flags, "--out", folder, "--resume", log=log, threads=threads)
-    for split in ("val", "test") if args.test else ("val",):
-        for protocol, scored_by in PROTOCOLS.items():
-            if not scores_path(folder, split, protocol).exists():
-                arguments = (folder, "--split", split, *scored_by)
-                script("evaluate.py", *arguments, log=log, threads=threads)
+    scores = {}
+    for split in splits:
+        for protocol, scored_by, ending in PROTOCOLS:
+            path = folder / "scores" / (split + ending) / "metrics.json"
+            if not path.exists():
+                script(
+                    "evaluate.py", folder, "--split", split, *scored_by, log=log, threads=threads
+                )
+            metrics = read_json(path)
+            scores[f"{split}, {protocol}"] = {name: metrics[name] for name in KEPT}
+
+    with open(folder / "log.csv", encoding="utf-8", newline="") as file:
+        history = list(csv.DictReader(file))
+    best = max(history, key=lambda row: float(row["val_mean_iou"]))
+    settings = read_json(folder / "settings.json")
+    return {
+        "scores": scores,
+        "best_epoch": int(best["epoch"]),
+        "epochs": int(history[-1]["epoch"]),
+        "minutes": round(sum(float(row["seconds"]) for row in history) / 60, 1),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "torch": settings["versions"]["torch"],
+        "device": settings["device"].rpartition(", ")[0],  # without the system's name
+    }
 
 
-def is_finished(folder):
-    """Return whether a run came to its end: samples.png is what it draws last."""
-    return (folder / "samples.png").exists()
+def commit():
+    """Return the commit of the scripts, or none where git does not know it."""
+    command = ["git", "-C", SCRIPTS, "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    return "none"
 
 
-def scores_path(folder, split, protocol):
-    """Return where evaluate.py writes the scores of a run."""
-    name = f"{split}-paper" if protocol == "paper's" else split
-    return folder / "scores" / name / "metrics.json"
+def read_json(path):
+    """Return the content of a JSON file, or an empty dictionary where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def cell(folders, split, protocol):
+def cell(records, column):
     """Return a cell of the table: the mean of the runs' scores, and of several the range of mIoU."""
-    paths = [scores_path(folder, split, protocol) for folder in folders]
-    if not all(path.exists() for path in paths):
+    scores = [record["scores"].get(column) for record in records]
+    if not scores or None in scores:
         return "not run"
-    scores = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     ious = [each["mean_iou"] for each in scores]
     accuracy = sum(each["pixel_accuracy"] for each in scores) / len(scores)
     spread = f" ({min(ious):.4f} to {max(ious):.4f})" if len(ious) > 1 else ""
     return f"{sum(ious) / len(ious):.4f}{spread}, {accuracy:.1%}"
 
 
-def minutes(folders):
-    """Return how long the runs took, validation included, as a cell of the table."""
-    logs = [folder / "log.csv" for folder in folders if is_finished(folder)]
-    if not logs:
-        return "-"
-    rows = [row for log in logs for row in csv.DictReader(log.read_text().splitlines())]
-    return f"{sum(float(row['seconds']) for row in rows) / 60 / len(logs):.0f}"
+def print_tables(results):
+    """Print the table of the rows, and one of the machines that trained them, in Markdown."""
+    columns = [f"{split}, {protocol}" for split in ("val", "test") for protocol, *_ in PROTOCOLS]
+    heads = ["set-up", "flags", "paper, test", *columns]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+    for name, what, paper, flags in ROWS:
+        records = [results[run] for run in runs_of(name) if run in results]
+        if len(records) > 1:
+            what += f", mean of {len(records)} seeds"
+        cells = [cell(records, column) for column in columns]
+        print(f"| {' | '.join([what, f'`{flags}`', paper or 'none', *cells])} |")
+
+    heads = ["run", "best epoch", "minutes", "commit", "date", "PyTorch", "device"]
+    print(f"\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+    for run in [run for name, *_ in ROWS for run in runs_of(name) if run in results]:
+        record = results[run]
+        best = f"{record['best_epoch']} of {record['epochs']}"
+        rest = [str(record[key]) for key in ("minutes", "commit", "date", "torch", "device")]
+        print(f"| {' | '.join([run, best, *rest])} |")
+
+
+def runs_of(name):
+    """Return the names of a row's runs, one for each seed."""
+    return [f"{name}-{seed}" if seed else name for seed in SEEDS.get(name, (0,))]
 
 
 def main(argv=None):
     """Run the command line; see the top of the file."""
     args = parse_args(argv)
-    shared = ["--data", args.data, *(["--compile"] if args.compile else [])]
-    runs, wanted = {}, []
-    for name, _, _, flags in ROWS:
-        seeds = SEEDS.get(name, (0,))
-        runs[name] = [args.out / (f"{name}-{seed}" if seed else name) for seed in seeds]
-        extra = ["--encoder-weights", args.encoder] if name.startswith("transfer") else []
-        if name in args.rows and (args.encoder or not extra):
-            for folder, seed in zip(runs[name], seeds):
-                wanted.append((folder, [*flags.split(), "--seed", seed, *shared, *extra]))
-    if not wanted:
-        raise utils.UserError("rows that are called transfer need --encoder FILE")
+    shared = ["--compile"] if args.compile else []
+    splits = ("val", "test") if args.test else ("val",)
     args.out.mkdir(parents=True, exist_ok=True)
-    for split in ("val", "test") if args.test else ("val",):  # before several try it at once
-        data.load_dataset(args.data, split, size=32, progress=utils.progress)
-    pool = ThreadPoolExecutor(args.jobs)
+    results = read_json(args.out / "results.json")
+    wanted = {}
+    for name, _, _, flags in ROWS:
+        extra = ["--encoder-weights", args.encoder] if name.startswith("transfer") else []
+        if name not in args.rows or (extra and not args.encoder):
+            continue
+        for run, seed in zip(runs_of(name), SEEDS.get(name, (0,))):
+            scored = results.get(run, {}).get("scores", {})
+            if not all(f"{split}, own" in scored for split in splits):
+                wanted[run] = [*flags.split(), "--seed", seed, *shared, *extra]
+    if not wanted and not results:
+        raise utils.UserError("rows that are called transfer need --encoder FILE")
+
+    if wanted:  # get and decode the images before several runs try it at once
+        for split in splits:
+            data.load_dataset(args.data, split, size=32, progress=utils.progress)
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    pool, place = ThreadPoolExecutor(args.jobs), ["--data", args.data]
+    jobs = {}
+    for run, flags in wanted.items():
+        job = pool.submit(finish_run, args.out / run, flags + place, splits, threads)
+        jobs[job] = run
     try:
-        jobs = [pool.submit(finish_run, *each, args) for each in wanted]
-        for (folder, _), job in zip(wanted, jobs):
-            job.result()
-            print(f"{folder}: done", file=sys.stderr, flush=True)
+        for job in as_completed(jobs):
+            results[jobs[job]] = job.result()
+            text = json.dumps(results, indent=1, sort_keys=True)
+            (args.out / "results.json").write_text(text + "\n", encoding="utf-8")
+            print(f"{jobs[job]}: done", file=sys.stderr, flush=True)
     finally:  # after an error, or Ctrl-C, no other row is begun
         pool.shutdown(cancel_futures=True)
-
-    columns = [(split, protocol) for split in ("val", "test") for protocol in PROTOCOLS]
-    heads = ["set-up", "flags", "paper, test", *(", ".join(c) for c in columns), "minutes"]
-    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
-    for name, what, paper, flags in ROWS:
-        cells = [cell(runs[name], *column) for column in columns]
-        line = [what, f"`{flags}`", paper or "none", *cells, minutes(runs[name])]
-        print(f"| {' | '.join(line)} |")
+    print_tables(results)
 
 
 if __name__ == "__main__":
