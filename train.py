@@ -8,8 +8,8 @@
 
 A run fills a folder, runs/MODEL/: best.pt (the epoch with the best validation mIoU),
 last.pt (all that resuming needs), log.csv, settings.json and, at the end, curves.png
-and samples.png. It is validated about a hundred times; if it is interrupted, it goes on
-from the last of these.
+and samples.png. It is validated 100 to 200 times (a short one after each epoch); if it is
+interrupted, it goes on from the last of these.
 
 The order of this file is that of a run: settings, data and network, the step,
 validation, the loop, files; at the end what makes it faster, and `main`. To learn how
@@ -42,7 +42,8 @@ import utils
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 # GPUs that make NaN of float16, though Turing as the T4 is (PyTorch's issue 77955).
 NO_FLOAT16 = (
-    "GTX 16", "T500", "T550", "T600", "T1000", "T1200", "T2000", "MX450", "MX550", "CMP 30HX",
+    "GTX 16", "T400", "T500", "T550", "T600", "T1000", "T1200", "T2000", "MX450", "MX550",
+    "CMP 30HX",
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------- settings
@@ -533,7 +534,7 @@ def finish(run):
     rows = {"truth": masks, "prediction": labels}
     title = f"{args.model}, epoch {best['epoch']}, split {args.val_split}, {args.size}x{args.size}"
     utils.samples(out / "samples.png", images, rows, val_set.classes, title)
-    path = shlex.quote(str(out / "best.pt"))
+    path = shlex.quote((out / "best.pt").as_posix())  # Windows takes slashes, too
     print(
         f"best: epoch {best['epoch']}, validation mIoU {best['val_mean_iou']:.4f}, "
         f"pixel accuracy {best['val_pixel_accuracy']:.1%}\n"

@@ -449,7 +449,8 @@ def cli(main, *user_errors):
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = " ".join(str(error).split())
-        if "out of memory" in message:  # Apple's GPUs raise a plain RuntimeError
+        # GPUs' (Apple's raise a plain RuntimeError), and a CPU's: DefaultCPUAllocator.
+        if "out of memory" in message or "CPUAllocator" in message:
             message = f"{message[:150]}; try a smaller --batch-size or --size"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             message = f"{message[:150]}; --no-compile does without a compiler"

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def compress(counts):
 
 def labelme_apart(root):
     for name, image, mask, outlines in ALL:
-        put(root / f"photos/{SPLIT[name]}/{name}.jpg", image, quality=95)
+        name, split = unicodedata.normalize("NFD", name), SPLIT[name]  # as macOS zips an accent
+        put(root / f"photos/{split}/{name}.jpg", image, quality=95)
         (disc, points), (box, corners) = outlines
         (x0, y0), _, (x1, y1), _ = corners
         png = io.BytesIO()
@@ -88,11 +90,11 @@ def labelme_apart(root):
             {"label": disc, "points": points, "shape_type": "polygon"},
             {"label": box, "points": [corners[0], corners[2]], "shape_type": "rectangle"},
         ]
-        if SPLIT[name] == "val":
+        if split == "val":
             code = base64.b64encode(png.getvalue()).decode()
             shapes[1] |= {"shape_type": "mask", "mask": code}
         content = {"imagePath": f"..\\..\\old\\{name}.jpg", "imageData": None, "shapes": shapes}
-        put(root / f"json/{SPLIT[name]}/{name}.json", content)
+        put(root / f"json/{split}/{name}.json", content)
     return CLASSES
 
 
@@ -333,6 +335,14 @@ def test_void(tmp_path, capsys):
     assert (mask == np.array([255, 0, 1])[PICTURES["c"][1]]).all()
 
 
+def test_void_where_nothing_is_outlined(tmp_path):
+    labelme_apart(tmp_path / "in")
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new"), "--void", "0"]) == 0
+    assert data.read_classes(tmp_path / "new") == ["box", "disc"]
+    (path,) = (tmp_path / "new/masks").glob("*c.png")
+    assert (np.asarray(Image.open(path)) == np.array([255, 1, 0])[PICTURES["c"][1]]).mean() > 0.985
+
+
 def test_white(tmp_path, capsys):
     for name, (image, _, _) in PICTURES.items():
         gray = np.asarray(image.convert("L")).astype(np.uint16) * 16
@@ -342,6 +352,31 @@ def test_white(tmp_path, capsys):
     for name, (image, _, _) in PICTURES.items():
         made = data.load_image(tmp_path / f"new/{name}.png").convert("L")
         assert np.abs(np.asarray(made, int) - np.asarray(image.convert("L"), int)).max() <= 1
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_exif_of_a_tiff_turns_it_once(tmp_path, upright):
+    root, exif = write_plain(tmp_path / "in"), Image.Exif()
+    exif[0x0112] = 6
+    for name, (image, mask, _) in PICTURES.items():
+        (root / f"images/{name}.jpg").unlink()
+        image.save(root / f"images/{name}.tif", exif=exif)
+        put(root / f"masks/{name}.png", np.rot90(mask, -1).copy() if upright else mask)
+    assert prepare.main([str(root)]) == (0 if upright else 1)
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0
+    mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
+    assert (mask == np.rot90(PICTURES["c"][1], -1)).all()
+
+
+def test_a_list_without_masks_does_no_harm_to_training(tmp_path, capsys):
+    root = write_plain(tmp_path / "in")
+    put(root / "train.txt", "c\nd\n")
+    put(root / "val.txt", "e\nf\n")
+    put(root / "test.txt", "secret\n")
+    put(root / "._train.txt", "of macOS")
+    assert prepare.main([str(root)]) == 0
+    said = capsys.readouterr().out
+    assert "test.txt: 'secret' is no image's name" in said and "._train" not in said
 
 
 def test_exif_turns_the_mask_too(tmp_path):

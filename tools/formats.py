@@ -431,7 +431,7 @@ def draw(size, shapes, table):
     for "picture", (a picture in base64, labelme's or Supervisely's, its corner); for "holed",
     an outline, and those of the holes in it.
     """
-    canvas = Image.new("L", size)
+    canvas = Image.new("L", size, table.get("_background_", 0))  # --void 0 makes it void
     pen = ImageDraw.Draw(canvas)
     for name, kind, what in shapes:
         if name not in table:
@@ -506,7 +506,7 @@ def find_image(folder, path, name, split=""):
 
 def coco(folder):
     """COCO JSON: one for each split, or for all. A crowd is its class; larger objects lie below."""
-    paths = [path for path in folder.named(r".*\.json") if path.stem not in folder.index]
+    paths = [path for path in folder.named(r".*\.json") if normal(path.stem) not in folder.index]
     named = [path for path in paths if re.match("instances_|.*coco", path.name)]
     items, names = [], []
     for path in named or paths:
@@ -543,7 +543,7 @@ def coco(folder):
 
 def labelme(folder):
     """labelme: a JSON for each image, beside it or in a folder of their own."""
-    paths = [path for path in folder.named(r".*\.json") if path.stem in folder.index]
+    paths = [path for path in folder.named(r".*\.json") if normal(path.stem) in folder.index]
     items, names = [], []
     for path in [] if all(divide(folder)) else paths:
         file = read_json(path)

@@ -85,6 +85,7 @@ def open_export(folder, void):
         counts = each(lambda path: read_values(path, export.table)[1], paths, "reading")
         counts = [found for found in counts if not isinstance(found, DataError)]
         understand(folder, export, sum(counts, Counter()), paths)
+        export.table.setdefault("_background_", 0)  # of images that have no mask
     else:
         export.table = {i: i for i in range(len(export.names))}  # for --void
         export.table |= {name: i for i, name in enumerate(export.names)}
@@ -125,15 +126,15 @@ def open_image(path, white=None, decode=False):
     The picture is there where the file will not do for data.py; with `white`, scaled to 8 bits.
     """
     with data.blame(path, "give another file"), Image.open(path) as file:
-        turn, size, is_jpeg = (
-            file.getexif().get(0x0112, 1),
-            file.size,
-            file.format in ("JPEG", "MPO"),
-        )
+        turn, is_jpeg = file.getexif().get(0x0112, 1), file.format in ("JPEG", "MPO")
+        size = file.size[::-1] if turn in TURNS else file.size
         frames = 1 if is_jpeg else getattr(file, "n_frames", 1)
         try:  # a JPEG has 8 bits, and is linked without a look at its pixels if it is whole
             decode = decode or not is_jpeg or not is_whole(path)
             picture = data.load_image(path) if decode else None
+            size = (
+                picture.size if picture else size
+            )  # Pillow turns TIFFs, and their size, by itself
             picture = None if path.suffix.lower() in data.IMAGE_SUFFIXES else picture
         except DataError:
             if not white:
@@ -143,7 +144,8 @@ def open_image(path, white=None, decode=False):
                 values = 256 * values[..., :3] + lower_half(path)[..., :3]
             values = np.nan_to_num(values * (255 / white)).clip(0, 255).round()
             picture = Image.fromarray(values.astype(np.uint8))
-    return picture, size[::-1] if turn in TURNS else size, turn, frames
+            size = picture.size
+    return picture, size, turn, frames
 
 
 def is_whole(path):
@@ -243,12 +245,16 @@ def look_over(root, size, decode):
     names, splits, errors = sorted(images.keys() & masks.keys()), {}, []
     notes = {"images have no mask of that name": [*images.keys() - masks.keys()]}
     notes["masks have no image of that name"] = [*masks.keys() - images.keys()]
-    lists = {path.stem for path in (*root.glob("*.txt"), *root.glob("ImageSets/Seg*/*.txt"))}
+    texts = *root.glob("[!.]*.txt"), *root.glob("ImageSets/Seg*/[!.]*.txt")
+    lists = {path.stem for path in texts}
     for split in sorted({"train", "val", *lists} - {"classes"}):
         try:
             splits[split] = data.split_names(root, split, images, masks)
         except DataError as error:
-            errors.append(str(error))
+            if split in ("train", "val"):
+                errors.append(str(error))
+            else:  # a test set whose masks a teacher keeps, or no list at all
+                print(f"cannot be trained on or scored, {error}")
 
     def look(name):
         _, shape, turn, frames = open_image(images[name], decode=decode)

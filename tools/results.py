@@ -175,7 +175,11 @@ def main(argv=None):
             continue
         for run, seed in zip(runs_of(name), SEEDS.get(name, (0,))):
             scored = results.get(run, {}).get("scores", {})
-            if not all(f"{split}, own" in scored for split in splits):
+            if all(f"{split}, own" in scored for split in splits):
+                continue
+            if scored and not (args.out / run / "best.pt").exists():
+                print(f"{run}: was trained elsewhere, not scored here", file=sys.stderr)
+            else:
                 wanted[run] = [*flags.split(), "--seed", seed, *shared, *extra]
     if not wanted and not results:
         raise utils.UserError("rows that are called transfer need --encoder FILE")
@@ -191,7 +195,8 @@ def main(argv=None):
         jobs[job] = run
     try:
         for job in as_completed(jobs):
-            results[jobs[job]] = job.result()
+            # Read anew: another call may have written to it.
+            results = read_json(args.out / "results.json") | {jobs[job]: job.result()}
             text = json.dumps(results, indent=1, sort_keys=True)
             (args.out / "results.json").write_text(text + "\n", encoding="utf-8")
             print(f"{jobs[job]}: done", file=sys.stderr, flush=True)
