@@ -354,6 +354,20 @@ def test_white(tmp_path, capsys):
         assert np.abs(np.asarray(made, int) - np.asarray(image.convert("L"), int)).max() <= 1
 
 
+def test_busi(tmp_path, capsys):
+    """Images and masks side by side, in a folder that is called like one of masks."""
+    folder = tmp_path / "in/Dataset_BUSI_with_GT/benign"
+    for name, (image, mask, _) in PICTURES.items():
+        put(folder / f"{name}.png", image)
+        put(folder / f"{name}_mask.png", Image.fromarray(mask == 1))
+    put(folder / "c_mask_1.png", Image.fromarray(PICTURES["c"][1] == 2))
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new")]) == 0
+    assert "2 masks, such as c_mask.png, have no image to themselves" in capsys.readouterr().out
+    made = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "new/masks").iterdir()}
+    assert made.keys() == {f"benign_{name}" for name in NAMES if name != "c"}
+    assert (made["benign_d"] == (PICTURES["d"][1] == 1)).all()
+
+
 @pytest.mark.parametrize("upright", [False, True])
 def test_exif_of_a_tiff_turns_it_once(tmp_path, upright):
     root, exif = write_plain(tmp_path / "in"), Image.Exif()

@@ -150,7 +150,7 @@ def core(path):
     """Return a file's name without what marks a mask or an image: a of a_mask.png, a.jpg.png."""
     stem, before = normal(path.stem), None
     while stem != before:
-        ends = rf"[-_. ]+({ENDS})\d?$|^({ENDS})[-_. ]+|\.(jpe?g|png|tiff?|bmp)$"
+        ends = rf"[-_. ]+({ENDS})(_?\d)?$|^({ENDS})[-_. ]+|\.(jpe?g|png|tiff?|bmp)$"
         stem, before = re.sub(ends, "", stem, flags=re.IGNORECASE) or stem, stem
     return stem
 
@@ -182,14 +182,16 @@ def divide(folder):
         groups.setdefault(describe(folder, path)[0], set()).add(path)
     images = {path for path in groups.get("image") or groups.get("", ()) if path.suffix != ".npy"}
     groups = {rank: groups[rank] for rank in range(len(MASK_WORDS)) if rank in groups}
-    if not groups:  # side by side: a.jpg and a_mask.png, or a.jpg and a.png
-        marked = rf".*[-_. ]({MASK_ENDS})\d?\.\w+"
-        masks = {path for path in images if re.fullmatch(marked, path.name, re.IGNORECASE)}
-        others = {path.with_name(core(path)) for path in images - masks}
+    if not groups or not images:  # side by side: a.jpg and a_mask.png, or a.jpg and a.png
+        both = images or set(folder.pictures)  # in Dataset_BUSI_with_GT all looked like masks
+        marked = rf".*[-_. ]({MASK_ENDS})(_?\d)?\.\w+"
+        masks = {path for path in both if re.fullmatch(marked, path.name, re.IGNORECASE)}
+        others = {path.with_name(core(path)) for path in both - masks}
         masks = {path for path in masks if path.with_name(core(path)) in others}
-        pngs = {path.with_suffix(".png") for path in images if path.suffix.lower() in JPEGS}
-        masks = masks or (pngs & images if 2 * len(pngs) == len(images) else set())
-        groups, images = {0: masks} if masks else {}, images - masks
+        pngs = {path.with_suffix(".png") for path in both if path.suffix.lower() in JPEGS}
+        masks = masks or (pngs & both if 2 * len(pngs) == len(both) else set())
+        if masks:
+            groups, images = {0: masks}, both - masks
     return sorted(images), groups
 
 
@@ -217,9 +219,13 @@ def find_pairs(folder, export):
     lone = sorted(set().union(*groups.values()) - {*pairs.values()})
     if bare:
         rest = "all background" if blank else "left out"
-        print(f"{len(bare)} images, such as {bare[0].name}, have no mask: they are {rest}")
+        print(
+            f"{len(bare)} images, such as {bare[0].name}, have no mask, or several: they are {rest}"
+        )
     if lone:
-        print(f"{len(lone)} masks, such as {lone[0].name}, have no image: they are left out")
+        print(
+            f"{len(lone)} masks, such as {lone[0].name}, have no image to themselves: they are left out"
+        )
     pairs |= dict.fromkeys(bare) if blank else {}
     export.items = [Item(image, mask) for image, mask in sorted(pairs.items())]
 
