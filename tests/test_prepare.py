@@ -354,18 +354,33 @@ def test_white(tmp_path, capsys):
         assert np.abs(np.asarray(made, int) - np.asarray(image.convert("L"), int)).max() <= 1
 
 
-def test_busi(tmp_path, capsys):
-    """Images and masks side by side, in a folder that is called like one of masks."""
-    folder = tmp_path / "in/Dataset_BUSI_with_GT/benign"
+def test_images_and_masks_side_by_side_some_with_several_masks(tmp_path, capsys):
+    """BUSI's folder, whose own name is like one of masks."""
     for name, (image, mask, _) in PICTURES.items():
+        folder = tmp_path / "in/Dataset_BUSI_with_GT" / SPLIT[name].replace("val", "benign")
         put(folder / f"{name}.png", image)
         put(folder / f"{name}_mask.png", Image.fromarray(mask == 1))
-    put(folder / "c_mask_1.png", Image.fromarray(PICTURES["c"][1] == 2))
+        if name == "d":
+            put(folder / "d_mask_1.png", Image.fromarray(mask == 2))
     assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new")]) == 0
-    assert "2 masks, such as c_mask.png, have no image to themselves" in capsys.readouterr().out
+    assert "1 images, such as d.png, have several masks" in capsys.readouterr().out
     made = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "new/masks").iterdir()}
-    assert made.keys() == {f"benign_{name}" for name in NAMES if name != "c"}
-    assert (made["benign_d"] == (PICTURES["d"][1] == 1)).all()
+    assert len(made) == len(NAMES)
+    assert (made["benign_d"] == (PICTURES["d"][1] > 0)).all()
+    assert (made["benign_e"] == (PICTURES["e"][1] == 1)).all()
+
+
+def test_a_folder_for_each_image_and_a_mask_for_each_object(tmp_path):
+    """As in the Data Science Bowl 2018, where names are hashes, which share numbers."""
+    for number, (image, mask, _) in enumerate(PICTURES.values()):
+        folder = tmp_path / f"in/stage1_train/{number}ab4"
+        put(folder / f"images/{number}ab4.png", image)
+        put(folder / f"masks/c{number + 1}d.png", (mask == 1) * np.uint8(255))
+        put(folder / f"masks/d{number + 2}e.png", (mask == 2) * np.uint8(255))
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new")]) == 0
+    for number, (_, mask, _) in enumerate(PICTURES.values()):
+        (path,) = (tmp_path / "new/masks").glob(f"*{number}ab4.png")
+        assert (np.asarray(Image.open(path)) == (mask > 0)).all()
 
 
 @pytest.mark.parametrize("upright", [False, True])

@@ -13,6 +13,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,7 @@ class Item:
     size: tuple = None  # (width, height) that the shapes were drawn on, if not the image's
     lists: frozenset = frozenset()  # train, val, test, ...
     name: str = ""  # in the new folder
+    more: tuple = ()  # further files, each of another object of the same image
 
 
 @dataclass
@@ -87,6 +89,9 @@ class Folder:
         for path in self.pictures:
             for name in {normal(path.name), normal(path.stem)}:
                 self.index.setdefault(name, []).append(path)
+        # The names of folders that all pictures lie in, such as Dataset_BUSI_with_GT, tell nothing.
+        folders = {str(path.parent) for path in self.pictures}
+        self.top = Path(os.path.commonpath(folders)) if len(folders) > 1 else root
 
     def named(self, pattern):
         """Return the files whose name is like a pattern, those nearest to the root first."""
@@ -129,7 +134,7 @@ def describe(folder, path):
     from pictures of the same name; those of splits end with a slash.
     """
     role, place = "", []
-    for part in path.relative_to(folder.root).parts[:-1]:
+    for part in path.relative_to(folder.top).parts[:-1]:
         apart = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", part)  # PedMasks
         found, split = {*words(part), *words(apart)}, split_of(part) or split_of(apart)
         kinds = [rank for rank, word in enumerate(MASK_WORDS.split()) if word in found]
@@ -156,18 +161,25 @@ def core(path):
 
 
 def match(folder, images, masks):
-    """Return {image: mask}, by the first of several ways to compare names that finds the most."""
+    """Return {image: [masks]}, by the first of several ways to compare names that finds the most.
+
+    One image has several masks where these differ by a last number alone, a_mask.png and
+    a_mask_1.png, or where it is the only image of its folders.
+    """
     places = {path: describe(folder, path)[1] for path in (*images, *masks)}
-    best, stem = {}, lambda path: normal(path.stem)
+    best, stem, alone = {}, lambda path: normal(path.stem), lambda path: ""  # by folders alone
     ways = stem, core, lambda path: "".join(re.findall(r"\d+", path.stem)[:1])  # the first number
-    for way, same_place in [(way, same) for same in (True, False) for way in ways]:
+    ways = [(way, True) for way in (*ways, alone)] + [(way, False) for way in ways]
+    for way, same_place in ways:
         keys, pairs = {}, {}
         for path in (*images, *masks):
             key = places[path] if same_place else (), way(path)
             keys.setdefault(key, ([], []))[path in masks].append(path)
-        for ours, theirs in keys.values():
-            if len(ours) == len(theirs) == 1:
-                pairs[ours[0]] = theirs[0]
+        for (place, _), (ours, theirs) in keys.items():
+            numbered = way is core and len({re.sub(r"[_ ]?\d$", "", t.stem) for t in theirs}) == 1
+            several = same_place and (numbered or (way is alone and place))
+            if len(ours) == 1 and (len(theirs) == 1 or (theirs and several)):
+                pairs[ours[0]] = theirs
             elif ours and theirs and way is stem and same_place:
                 one, two = ours[:2] if len(ours) > 1 else theirs[:2]
                 raise DataError(one, f"{two.name} has its name too", "rename or delete one of them")
@@ -182,16 +194,14 @@ def divide(folder):
         groups.setdefault(describe(folder, path)[0], set()).add(path)
     images = {path for path in groups.get("image") or groups.get("", ()) if path.suffix != ".npy"}
     groups = {rank: groups[rank] for rank in range(len(MASK_WORDS)) if rank in groups}
-    if not groups or not images:  # side by side: a.jpg and a_mask.png, or a.jpg and a.png
-        both = images or set(folder.pictures)  # in Dataset_BUSI_with_GT all looked like masks
+    if not groups:  # side by side: a.jpg and a_mask.png, or a.jpg and a.png
         marked = rf".*[-_. ]({MASK_ENDS})(_?\d)?\.\w+"
-        masks = {path for path in both if re.fullmatch(marked, path.name, re.IGNORECASE)}
-        others = {path.with_name(core(path)) for path in both - masks}
+        masks = {path for path in images if re.fullmatch(marked, path.name, re.IGNORECASE)}
+        others = {path.with_name(core(path)) for path in images - masks}
         masks = {path for path in masks if path.with_name(core(path)) in others}
-        pngs = {path.with_suffix(".png") for path in both if path.suffix.lower() in JPEGS}
-        masks = masks or (pngs & both if 2 * len(pngs) == len(both) else set())
-        if masks:
-            groups, images = {0: masks}, both - masks
+        pngs = {path.with_suffix(".png") for path in images if path.suffix.lower() in JPEGS}
+        masks = masks or (pngs & images if 2 * len(pngs) == len(images) else set())
+        groups, images = {0: masks} if masks else {}, images - masks
     return sorted(images), groups
 
 
@@ -202,32 +212,34 @@ def find_pairs(folder, export):
         how = "export it with its images (in CVAT: Save images), or put them into images/"
         raise DataError(folder.root, "has masks, but no images", how)
     listed = [pair for found in read_lists(folder, images).values() for pair in found]
-    pairs = {image: mask for image, mask in listed if mask}
+    pairs = {image: [mask] for image, mask in listed if mask}
     blank, how = export.blank and not pairs, "lists" if pairs else "names"
     kinds = [match(folder, images, masks) for masks in groups.values()]
-    used = {*pairs.values()}  # VOC's train_aug.txt has a second column, val.txt has none
-    named = max(kinds, key=lambda kind: (len(used & {*kind.values()}), len(kind)), default={})
+    used = {*chain(*pairs.values())}  # VOC's train_aug.txt has a second column, val.txt has none
+    known = lambda kind: (len(used & {*chain(*kind.values())}), len(kind))
+    named = max(kinds, key=known, default={})
     wanted = {image for image, _ in listed} if pairs else named.keys()
     pairs = {image: mask for image, mask in named.items() if image in wanted} | pairs
     if not pairs:
         some = ", ".join(path.name[:30] for masks in groups.values() for path in sorted(masks)[:2])
         what = f"no mask ({some}) is called like an image ({images[0].name[:30]})"
         raise DataError(folder.root, what, "call the mask of images/a.jpg masks/a.png")
-    image, mask = min(pairs.items())
-    print(f"by {how}: {mask.relative_to(folder.root)} is the mask of {image.name}, and so on")
+    image, masks = min(pairs.items())
+    print(f"by {how}: {masks[0].relative_to(folder.root)} is the mask of {image.name}, and so on")
     bare = sorted(set(images) - pairs.keys())
-    lone = sorted(set().union(*groups.values()) - {*pairs.values()})
+    lone = sorted(set().union(*groups.values()) - {*chain(*pairs.values())})
+    several = [image for image, masks in pairs.items() if len(masks) > 1]
+    if several:
+        print(f"{len(several)} images, such as {several[0].name}, have several masks: one mask now")
     if bare:
         rest = "all background" if blank else "left out"
-        print(
-            f"{len(bare)} images, such as {bare[0].name}, have no mask, or several: they are {rest}"
-        )
+        print(f"{len(bare)} images, such as {bare[0].name}, have no mask: they are {rest}")
     if lone:
-        print(
-            f"{len(lone)} masks, such as {lone[0].name}, have no image to themselves: they are left out"
-        )
-    pairs |= dict.fromkeys(bare) if blank else {}
-    export.items = [Item(image, mask) for image, mask in sorted(pairs.items())]
+        print(f"{len(lone)} masks, such as {lone[0].name}, have no image: they are left out")
+    pairs |= {image: [None] for image in bare} if blank else {}
+    export.items = [Item(image, masks[0]) for image, masks in sorted(pairs.items())]
+    for item in export.items:
+        item.more = tuple(pairs[item.image][1:])
 
 
 def read_lists(folder, images):

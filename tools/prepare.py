@@ -80,7 +80,8 @@ def open_export(folder, void):
         if left:
             print(f"{len(left)} images, such as {min(left).name}, have no outlines: left out")
     settle(folder, export.items)
-    paths = [item.mask for item in export.items if isinstance(item.mask, Path)]
+    masks = [each for item in export.items for each in (item.mask, *item.more)]
+    paths = [mask for mask in masks if isinstance(mask, Path)]
     if paths:
         counts = each(lambda path: read_values(path, export.table)[1], paths, "reading")
         counts = [found for found in counts if not isinstance(found, DataError)]
@@ -165,6 +166,20 @@ def lower_half(path):
         return np.asarray(ImageOps.exif_transpose(file))
 
 
+def read_mask(path, export):
+    """Return a mask file as a PIL image, mode L, of the classes that its values or colours mean."""
+    values, found = read_values(path, export.table)
+    pixels = values if values.ndim == 2 else values.astype(np.int32) @ RGB_WEIGHTS
+    labels = np.full(pixels.shape, VOID, np.uint8)
+    for key in found:
+        if key not in export.table:
+            what = f"has {key}, which is no class by {export.where}"
+            raise DataError(path, what, "name it there, or mend the mask")
+        number = key if isinstance(key, int) else int(np.dot(key, RGB_WEIGHTS))
+        labels[pixels == number] = export.table[key]
+    return Image.fromarray(labels)
+
+
 def take(item, export, white, out, link):
     """Write an item's image and mask into a folder; return whether the mask had to be turned."""
     picture, size, turn, _ = open_image(item.image, white)
@@ -172,16 +187,10 @@ def take(item, export, white, out, link):
     if export:
         where, mask = item.image, None
         if isinstance(item.mask, Path):
-            where, (values, found) = item.mask, read_values(item.mask, export.table)
-            pixels = values if values.ndim == 2 else values.astype(np.int32) @ RGB_WEIGHTS
-            labels = np.full(pixels.shape, VOID, np.uint8)
-            for key in found:
-                if key not in export.table:
-                    what = f"has {key}, which is no class by {export.where}"
-                    raise DataError(where, what, "name it there, or mend the mask")
-                number = key if isinstance(key, int) else int(np.dot(key, RGB_WEIGHTS))
-                labels[pixels == number] = export.table[key]
-            mask = Image.fromarray(labels)
+            where, mask = item.mask, read_mask(item.mask, export)
+        for path in item.more:  # other objects of the same image, over the first
+            other = read_mask(path, export)
+            mask.paste(other, mask=other.point(lambda label: 255 * (label > 0)))
         with data.blame(item.image, "mend its outlines"):
             mask = mask or draw(item.size or size, item.mask or [], export.table)
         if turn in TURNS and mask.size == size[::-1] != size:
