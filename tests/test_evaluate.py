@@ -400,6 +400,8 @@ def test_results_trains_what_is_missing_and_makes_its_table_of_the_scores(voc, m
     assert [line.split(" | ")[0] for line in lines[-2:]] == ["| a", "| a-1"]
     settings = [utils.load_checkpoint(f"{run}/best.pt")["args"] for run in runs]
     assert [each["seed"] for each in settings] == [0, 1]
+    kept = Path("runs/results/results.json")
+    assert json.loads(kept.read_text())["a-1"]["flags"] == f"{flags} --seed 1"
 
     # What stands in results.json is not trained again, where its run has gone, too.
     shutil.rmtree("runs/results/a")
@@ -410,15 +412,19 @@ def test_results_trains_what_is_missing_and_makes_its_table_of_the_scores(voc, m
     # Nor is it for --test, which scores the other. Meanwhile a second call finishes a row.
     lists = data.find_root(voc) / "ImageSets/Segmentation"
     shutil.copy(lists / "val.txt", lists / "test.txt")
-    kept, begun = Path("runs/results/results.json"), []
+    begun = []
 
-    def finish_run(folder, *_):
-        begun.append(folder.name)
+    def finish_run(folder, flags, place, splits, threads):
+        begun.append((folder.name, *splits))
         stored = json.loads(kept.read_text())
         kept.write_text(json.dumps(stored | {"b": stored["a"]}))
         return stored["a-1"]
 
     monkeypatch.setattr(results, "finish_run", finish_run)
     call(results, "--data", voc, "--test")
-    assert begun == ["a-1"] and json.loads(kept.read_text()).keys() == {"a", "a-1", "b"}
+    assert begun == [("a-1", "val", "test")] and json.loads(kept.read_text()).keys() == {
+        "a",
+        "a-1",
+        "b",
+    }
     assert "a: was trained elsewhere, not scored here" in capsys.readouterr().err

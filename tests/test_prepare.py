@@ -361,13 +361,51 @@ def test_images_and_masks_side_by_side_some_with_several_masks(tmp_path, capsys)
         put(folder / f"{name}.png", image)
         put(folder / f"{name}_mask.png", Image.fromarray(mask == 1))
         if name == "d":
-            put(folder / "d_mask_1.png", Image.fromarray(mask == 2))
+            put(folder / "d_mask_10.png", Image.fromarray(mask == 2))
     assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new")]) == 0
     assert "1 images, such as d.png, have several masks" in capsys.readouterr().out
     made = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "new/masks").iterdir()}
     assert len(made) == len(NAMES)
     assert (made["benign_d"] == (PICTURES["d"][1] > 0)).all()
     assert (made["benign_e"] == (PICTURES["e"][1] == 1)).all()
+
+
+def test_several_masks_over_each_other(tmp_path, capsys):
+    """The last by name lies on top; --void 0 leaves void what none of them marks."""
+    image, mask, _ = PICTURES["c"]
+    for name in "abcde":
+        put(tmp_path / f"in/images/{name}.png", image)
+        put(tmp_path / f"in/masks/{name}_mask.png", mask)
+    put(tmp_path / "in/masks/a_mask_1.png", (mask == 1) * np.uint8(2))
+    put(tmp_path / "in/classes.txt", "void\ndisc\nbox")
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new"), "--void", "0"]) == 0
+    made = np.asarray(Image.open(tmp_path / "new/masks/a.png"))
+    assert (made == np.where(mask > 0, 1, 255)).all()
+    put(tmp_path / "in/masks/b_mask_1.png", np.zeros((9, 9), np.uint8))
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "small")]) == 2
+    assert "b_mask_1.png: is (9, 9), but another mask" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [("liver", "kidney"), ("scan", "vessels")])
+def test_masks_of_the_same_names_in_all_folders_are_no_objects(names, tmp_path):
+    """Organs, say: which of them would be class 1 is unclear, so they are not laid together."""
+    image, mask, _ = PICTURES["c"]
+    for number in range(3):
+        put(tmp_path / f"in/p{number}/images/scan.png", image)
+        for label, name in enumerate(names, 1):
+            put(tmp_path / f"in/p{number}/masks/{name}.png", (mask == label) * np.uint8(255))
+    done = prepare.main([str(tmp_path / "in"), str(tmp_path / "new")])
+    assert done == (0 if "scan" in names else 2)
+    for path in (tmp_path / "new/masks").glob("*.png"):
+        assert (np.asarray(Image.open(path)) == (mask == 1)).all()
+
+
+def test_numbers_after_other_words_stay(tmp_path):
+    for name in ("case01_image_1", "case01_image_2", "case02_image_1", "case02_image_10"):
+        put(tmp_path / f"in/images/{name}.png", PICTURES["c"][0])
+        put(tmp_path / f"in/masks/{name}_mask.png", PICTURES["c"][1])
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new")]) == 0
+    assert len([*(tmp_path / "new/masks").iterdir()]) == 4
 
 
 def test_a_folder_for_each_image_and_a_mask_for_each_object(tmp_path):

@@ -89,9 +89,11 @@ class Folder:
         for path in self.pictures:
             for name in {normal(path.name), normal(path.stem)}:
                 self.index.setdefault(name, []).append(path)
-        # The names of folders that all pictures lie in, such as Dataset_BUSI_with_GT, tell nothing.
+        # The name of a folder that all the others lie in, such as Dataset_BUSI_with_GT, tells nothing.
         folders = {str(path.parent) for path in self.pictures}
-        self.top = Path(os.path.commonpath(folders)) if len(folders) > 1 else root
+        self.top = Path(os.path.commonpath(folders or [root]))
+        if self.top != root and str(self.top) in folders:
+            self.top = self.top.parent
 
     def named(self, pattern):
         """Return the files whose name is like a pattern, those nearest to the root first."""
@@ -155,7 +157,8 @@ def core(path):
     """Return a file's name without what marks a mask or an image: a of a_mask.png, a.jpg.png."""
     stem, before = normal(path.stem), None
     while stem != before:
-        ends = rf"[-_. ]+({ENDS})(_?\d)?$|^({ENDS})[-_. ]+|\.(jpe?g|png|tiff?|bmp)$"
+        ends = rf"[-_. ]+(({MASK_ENDS})(_?\d{{1,2}})?|({ENDS})\d?)$|^({ENDS})[-_. ]+"
+        ends = rf"{ends}|\.(jpe?g|png|tiff?|bmp)$"
         stem, before = re.sub(ends, "", stem, flags=re.IGNORECASE) or stem, stem
     return stem
 
@@ -164,22 +167,34 @@ def match(folder, images, masks):
     """Return {image: [masks]}, by the first of several ways to compare names that finds the most.
 
     One image has several masks where these differ by a last number alone, a_mask.png and
-    a_mask_1.png, or where it is the only image of its folders.
+    a_mask_1.png; or where it is alone in folders of its own, and its masks' names are nobody else's.
     """
     places = {path: describe(folder, path)[1] for path in (*images, *masks)}
-    best, stem, alone = {}, lambda path: normal(path.stem), lambda path: ""  # by folders alone
-    ways = stem, core, lambda path: "".join(re.findall(r"\d+", path.stem)[:1])  # the first number
-    ways = [(way, True) for way in (*ways, alone)] + [(way, False) for way in ways]
-    for way, same_place in ways:
+    stems = Counter(path.stem for path in masks)
+
+    def number(path):  # the first
+        return "".join(re.findall(r"\d+", path.stem)[:1])
+
+    def nothing(path):  # so that folders alone tell
+        return ""
+
+    def belong(way, place, masks):
+        if way is nothing:
+            has_folder = any(part[-1] != "/" for part in place)
+            return has_folder and all(stems[mask.stem] == 1 for mask in masks)
+        alike = {re.sub(r"[_ ]?\d+$", "", mask.stem) for mask in masks}
+        return len(masks) == 1 or (way is core and len(alike) == 1)
+
+    best, stem = {}, lambda path: normal(path.stem)
+    ways = [(way, True) for way in (stem, core, number, nothing)]
+    for way, same_place in [*ways, (stem, False), (core, False), (number, False)]:
         keys, pairs = {}, {}
         for path in (*images, *masks):
             key = places[path] if same_place else (), way(path)
             keys.setdefault(key, ([], []))[path in masks].append(path)
         for (place, _), (ours, theirs) in keys.items():
-            numbered = way is core and len({re.sub(r"[_ ]?\d$", "", t.stem) for t in theirs}) == 1
-            several = same_place and (numbered or (way is alone and place))
-            if len(ours) == 1 and (len(theirs) == 1 or (theirs and several)):
-                pairs[ours[0]] = theirs
+            if len(ours) == 1 and theirs and belong(way, place, theirs):
+                pairs[ours[0]] = sorted(theirs)
             elif ours and theirs and way is stem and same_place:
                 one, two = ours[:2] if len(ours) > 1 else theirs[:2]
                 raise DataError(one, f"{two.name} has its name too", "rename or delete one of them")
@@ -195,7 +210,7 @@ def divide(folder):
     images = {path for path in groups.get("image") or groups.get("", ()) if path.suffix != ".npy"}
     groups = {rank: groups[rank] for rank in range(len(MASK_WORDS)) if rank in groups}
     if not groups:  # side by side: a.jpg and a_mask.png, or a.jpg and a.png
-        marked = rf".*[-_. ]({MASK_ENDS})(_?\d)?\.\w+"
+        marked = rf".*[-_. ]({MASK_ENDS})(_?\d{{1,2}})?\.\w+"
         masks = {path for path in images if re.fullmatch(marked, path.name, re.IGNORECASE)}
         others = {path.with_name(core(path)) for path in images - masks}
         masks = {path for path in masks if path.with_name(core(path)) in others}
@@ -207,7 +222,7 @@ def divide(folder):
 
 def find_pairs(folder, export):
     """Fill in `export.items`: by lists that name masks too, else by the names of the files."""
-    images, groups = divide(folder)
+    export.items, (images, groups) = [], divide(folder)
     if not images:
         how = "export it with its images (in CVAT: Save images), or put them into images/"
         raise DataError(folder.root, "has masks, but no images", how)
@@ -237,9 +252,8 @@ def find_pairs(folder, export):
     if lone:
         print(f"{len(lone)} masks, such as {lone[0].name}, have no image: they are left out")
     pairs |= {image: [None] for image in bare} if blank else {}
-    export.items = [Item(image, masks[0]) for image, masks in sorted(pairs.items())]
-    for item in export.items:
-        item.more = tuple(pairs[item.image][1:])
+    for image, (mask, *more) in sorted(pairs.items()):
+        export.items.append(Item(image, mask, more=tuple(more)))
 
 
 def read_lists(folder, images):

@@ -189,8 +189,12 @@ def take(item, export, white, out, link):
         if isinstance(item.mask, Path):
             where, mask = item.mask, read_mask(item.mask, export)
         for path in item.more:  # other objects of the same image, over the first
-            other = read_mask(path, export)
-            mask.paste(other, mask=other.point(lambda label: 255 * (label > 0)))
+            other, nothing = read_mask(path, export), export.table["_background_"]
+            if other.size != mask.size:
+                what = f"is {other.size}, but another mask of its image {mask.size}"
+                raise DataError(path, what, "export it again")
+            objects = [255 * (label != nothing) for label in range(256)]
+            mask.paste(other, mask=other.point(objects))
         with data.blame(item.image, "mend its outlines"):
             mask = mask or draw(item.size or size, item.mask or [], export.table)
         if turn in TURNS and mask.size == size[::-1] != size:
@@ -255,7 +259,7 @@ def look_over(root, size, decode):
     notes = {"images have no mask of that name": [*images.keys() - masks.keys()]}
     notes["masks have no image of that name"] = [*masks.keys() - images.keys()]
     texts = *root.glob("[!.]*.txt"), *root.glob("ImageSets/Seg*/[!.]*.txt")
-    lists = {path.stem for path in texts}
+    lists = {path.stem: path for path in texts}
     for split in sorted({"train", "val", *lists} - {"classes"}):
         try:
             splits[split] = data.split_names(root, split, images, masks)
@@ -263,7 +267,8 @@ def look_over(root, size, decode):
             if split in ("train", "val"):
                 errors.append(str(error))
             else:  # a test set whose masks a teacher keeps, or no list at all
-                print(f"cannot be trained on or scored, {error}")
+                print(f"{split} cannot be scored: {error}")
+                splits[split] = [name for name in data.read_lines(lists[split]) if name in names]
 
     def look(name):
         _, shape, turn, frames = open_image(images[name], decode=decode)
@@ -297,7 +302,7 @@ def look_over(root, size, decode):
     for what, some in notes.items():
         if some:
             print(f"{len(some)} {what}, such as {min(some)}")
-    if not {"train", "val"} & lists and are_frames([images[name] for name in results]):
+    if not {"train", "val"} & lists.keys() and are_frames([images[name] for name in results]):
         print("these look like frames of a video: val will have near copies of what train has;")
         print("write train.txt and val.txt, with whole videos in each")
     return errors

@@ -79,19 +79,25 @@ def script(name, *args, log, threads):
         raise utils.UserError(f"{name} ended with status {status}: see the end of {log}")
 
 
-def finish_run(folder, flags, splits, threads):
-    """Train a run to its end where that is not done yet, score it, and return its record."""
-    log = folder.with_suffix(".txt")
+def finish_run(folder, flags, place, splits, threads):
+    """Train a run to its end where that is not done yet, score it, and return its record.
+
+    flags: those that make the result; place: those that say where data lie.
+    """
+    log, origin = folder.with_suffix(".txt"), folder.with_suffix(".json")
+    if not origin.exists():  # written as training begins
+        started = {"flags": " ".join(map(str, flags)), "commit": commit(), "date": today()}
+        write_json(origin, started)
     if not (folder / "samples.png").exists():  # the last thing that train.py writes
-        script("train.py", *flags, "--out", folder, "--resume", log=log, threads=threads)
+        arguments = (*flags, *place, "--out", folder, "--resume")
+        script("train.py", *arguments, log=log, threads=threads)
     scores = {}
     for split in splits:
         for protocol, scored_by, ending in PROTOCOLS:
             path = folder / "scores" / (split + ending) / "metrics.json"
             if not path.exists():
-                script(
-                    "evaluate.py", folder, "--split", split, *scored_by, log=log, threads=threads
-                )
+                arguments = (folder, "--split", split, *scored_by)
+                script("evaluate.py", *arguments, log=log, threads=threads)
             metrics = read_json(path)
             scores[f"{split}, {protocol}"] = {name: metrics[name] for name in KEPT}
 
@@ -99,13 +105,11 @@ def finish_run(folder, flags, splits, threads):
         history = list(csv.DictReader(file))
     best = max(history, key=lambda row: float(row["val_mean_iou"]))
     settings = read_json(folder / "settings.json")
-    return {
+    return read_json(origin) | {
         "scores": scores,
         "best_epoch": int(best["epoch"]),
         "epochs": int(history[-1]["epoch"]),
         "minutes": round(sum(float(row["seconds"]) for row in history) / 60, 1),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
         "torch": settings["versions"]["torch"],
         "device": settings["device"].rpartition(", ")[0],  # without the system's name
     }
@@ -117,6 +121,18 @@ def commit():
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     return "none"
+
+
+def today():
+    """Return the date, as 2026-11-29."""
+    return datetime.date.today().isoformat()
+
+
+def write_json(path, content):
+    """Write an object to a file, whole or not at all."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read_json(path):
@@ -166,12 +182,14 @@ def main(argv=None):
     args = parse_args(argv)
     shared = ["--compile"] if args.compile else []
     splits = ("val", "test") if args.test else ("val",)
+    if not args.encoder and all(name.startswith("transfer") for name in args.rows):
+        raise utils.UserError("rows that are called transfer need --encoder FILE")
     args.out.mkdir(parents=True, exist_ok=True)
     results = read_json(args.out / "results.json")
     wanted = {}
     for name, _, _, flags in ROWS:
-        extra = ["--encoder-weights", args.encoder] if name.startswith("transfer") else []
-        if name not in args.rows or (extra and not args.encoder):
+        place = ["--encoder-weights", args.encoder] if name.startswith("transfer") else []
+        if name not in args.rows or (place and not args.encoder):
             continue
         for run, seed in zip(runs_of(name), SEEDS.get(name, (0,))):
             scored = results.get(run, {}).get("scores", {})
@@ -180,25 +198,23 @@ def main(argv=None):
             if scored and not (args.out / run / "best.pt").exists():
                 print(f"{run}: was trained elsewhere, not scored here", file=sys.stderr)
             else:
-                wanted[run] = [*flags.split(), "--seed", seed, *shared, *extra]
-    if not wanted and not results:
-        raise utils.UserError("rows that are called transfer need --encoder FILE")
+                flags_of_run = [*flags.split(), "--seed", seed, *shared]
+                wanted[run] = flags_of_run, [*place, "--data", args.data]
 
     if wanted:  # get and decode the images before several runs try it at once
         for split in splits:
             data.load_dataset(args.data, split, size=32, progress=utils.progress)
     threads = max(1, torch.get_num_threads() // args.jobs)
-    pool, place = ThreadPoolExecutor(args.jobs), ["--data", args.data]
+    pool = ThreadPoolExecutor(args.jobs)
     jobs = {}
-    for run, flags in wanted.items():
-        job = pool.submit(finish_run, args.out / run, flags + place, splits, threads)
+    for run, (flags, place) in wanted.items():
+        job = pool.submit(finish_run, args.out / run, flags, place, splits, threads)
         jobs[job] = run
     try:
         for job in as_completed(jobs):
             # Read anew: another call may have written to it.
             results = read_json(args.out / "results.json") | {jobs[job]: job.result()}
-            text = json.dumps(results, indent=1, sort_keys=True)
-            (args.out / "results.json").write_text(text + "\n", encoding="utf-8")
+            write_json(args.out / "results.json", results)
             print(f"{jobs[job]}: done", file=sys.stderr, flush=True)
     finally:  # after an error, or Ctrl-C, no other row is begun
         pool.shutdown(cancel_futures=True)
