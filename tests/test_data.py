@@ -56,6 +56,8 @@ def test_voc_images_and_full_masks(voc):
         mask = np.array(Image.open(folder / f"SegmentationClass/{name}.png"))
         assert ours.full_mask(index).dtype == torch.uint8
         assert np.array_equal(ours.full_mask(index), mask)
+        mask = Image.fromarray(mask).resize((40, 40), Image.Resampling.NEAREST)
+        assert np.array_equal(ours[index][1], mask)
     images, masks = ours[[2, 0]]
     assert torch.equal(images[1], ours[0][0]) and torch.equal(masks[0], ours[2][1])
 
@@ -333,18 +335,31 @@ def share_of_wrong_paint(images, masks):
 
 
 @pytest.mark.parametrize("mode", ["flip", "affine"])
-@pytest.mark.parametrize("height, width", [(96, 96), (64, 128)])
-def test_augmented_images_stay_painted_with_their_labels(mode, height, width, monkeypatch):
+@pytest.mark.parametrize("height, width, size", [(96, 96, None), (64, 128, None), (96, 96, 64)])
+def test_augmented_images_stay_painted_with_their_labels(mode, height, width, size, monkeypatch):
     torch.manual_seed(1)
     monkeypatch.setattr(data, "jitter_colors", lambda images: images)
     images, masks = painted_batch(height=height, width=width)
-    new_images, new_masks = data.augment(images, masks, mode)
+    new_images, new_masks = data.augment(images, masks, mode, size)
     assert new_images.dtype == new_masks.dtype == torch.uint8
-    assert not torch.equal(new_masks, masks)
+    assert new_masks.shape == (len(masks), size or height, size or width)
+    assert new_images.shape[-2:] == new_masks.shape[-2:] and not torch.equal(new_masks, masks)
     assert share_of_wrong_paint(new_images, new_masks) == 0
     # The same check sees an image that lies five pixels beside its mask.
-    misaligned = data.augment(images.roll(5, -1), masks, mode)
+    misaligned = data.augment(images.roll(5, -1), masks, mode, size)
     assert share_of_wrong_paint(*misaligned) > 0.05
+
+
+def test_colors_change_by_what_is_said():
+    torch.manual_seed(0)
+    images = 200 * torch.rand(500, 3, 8, 8)
+    assert torch.allclose(data.jitter_colors(images, 0), images, atol=1e-4)
+    gray = torch.full((500, 3, 8, 8), 100.0)
+    shares = data.jitter_colors(gray)[:, :, 0, 0].mean(1) / 100
+    # Brightness by up to 30 %, tint by 15; contrast and saturation keep the mean.
+    assert 0.7 * 0.85 <= shares.min() < 0.75 and 1.25 < shares.max() <= 1.3 * 1.15
+    spread = data.jitter_colors(images).std((1, 2, 3)) / images.std((1, 2, 3))
+    assert spread.min() < 0.6 and spread.max() > 1.4
 
 
 def test_flip_is_exact_and_differs_between_samples():

@@ -136,7 +136,7 @@ def test_predicted_masks_score_what_evaluate_reports(tmp_path, voc):
     assert [[int(cell) for cell in row[1:]] for row in rows] == cm.tolist()
 
 
-@pytest.mark.parametrize("flags", [(), ("--tta",), ("--size", 80)])
+@pytest.mark.parametrize("flags", [("--tta",), ("--size", 80)])
 def test_masks_by_the_same_flags_score_the_same(voc, no_pictures, flags):
     root = voc / "VOCdevkit" / "VOC2007"
     write_run("run/best.pt", root, "fcn", data.VOC_CLASSES)
@@ -213,6 +213,17 @@ def test_a_list_that_has_changed_is_scored_as_it_is_now(own, capsys):
     assert "was trained on 1 of these 3 images" in capsys.readouterr().out
 
 
+def test_scores_are_those_worked_out_by_hand(own, capsys):
+    """Red is right, of two green images one is blue in truth: 3 images of equal size."""
+    call(evaluate, "run")
+    scores = read_scores("run/scores/val")
+    assert scores["dice"] == pytest.approx({"background": 1, "green": 2 / 3, "blue": 0})
+    assert scores["mean_dice"] == pytest.approx(5 / 9)
+    assert scores["mean_accuracy"] == scores["pixel_accuracy"] == pytest.approx(2 / 3)
+    assert scores["frequency_weighted_iou"] == pytest.approx(0.5)
+    assert "green             0.5000  0.6667\n" in capsys.readouterr().out
+
+
 def test_the_split_all_is_every_image(own):
     call(evaluate, "run", "--split", "all")
     scores = read_scores("run/scores/all")
@@ -240,9 +251,13 @@ def test_each_kind_of_evaluation_has_a_folder_of_its_own(own):
         "val-paper-tta-64": ("--size", 64, "--tta", "--void-as-background"),
         "val-last": (),
     }
+    forwards = {}
     for folder, flags in commands.items():
+        Colors.sizes.clear()
         call(evaluate, "run/last.pt" if folder == "val-last" else "run", *flags)
+        forwards[folder] = len(Colors.sizes)
     assert sorted(os.listdir("run/scores")) == sorted(commands)
+    assert forwards["val-tta"] == forwards["val-paper-tta-64"] == 2 * forwards["val"] > 0
     before = {path: path.read_bytes() for path in Path("run/scores").rglob("metrics.json")}
     call(evaluate, "run", "--split", "test")  # the very same command writes over its own
     assert {path: path.read_bytes() for path in Path("run/scores").rglob("metrics.json")} == before
@@ -365,6 +380,10 @@ def test_the_comparisons_figures_show_the_scores_and_the_images_asked_for(drawn,
     assert drawn["samples"][2]["truth"][:, 5, 5].tolist() == [2, 0]
     call(evaluate, "run", "--images", "v1")
     assert drawn["samples"][-1] == ["v1: 1.000"]  # its own mIoU
+    # Without names the best two, the middle two, the worst two; of equals the first of the list.
+    names = {name: ("lime", 1 if name in "bdfg" else 2) for name in "abcdefg"}
+    call(evaluate, "run", "--data", write_data(Path("seven"), val=names))
+    assert [caption[0] for caption in drawn["samples"][-1]] == list("bdgace")
 
 
 def test_the_drawn_confusion_matrix_has_each_classes_shares(monkeypatch):
@@ -372,11 +391,12 @@ def test_the_drawn_confusion_matrix_has_each_classes_shares(monkeypatch):
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
-    cm = torch.tensor([[30, 10, 0], [5, 15, 0], [0, 0, 0]])
+    cm = torch.tensor([[30, 10, 0], [2, 18, 0], [0, 0, 0]])
     evaluate.draw_confusion_matrix("a.png", cm, ["nothing", "cat", "犬"], "title")
     axes = figures[0].axes[0]
     numbers = {tuple(map(round, text.get_position())): text.get_text() for text in axes.texts}
-    assert numbers == {(0, 0): "75", (1, 0): "25", (0, 1): "25", (1, 1): "75"}
+    assert numbers == {(0, 0): "75", (1, 0): "25", (0, 1): "10", (1, 1): "90"}
+    assert "predicted" in axes.get_xlabel() and "true" in axes.get_ylabel()
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["nothing", "cat", "class 2"]
 

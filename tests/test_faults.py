@@ -175,7 +175,7 @@ SPOILED_FOLDERS = [
     ("an empty folder", shutil.rmtree, (), "voc: No such file or directory; give --data"),
     ("no images", lambda r: shutil.rmtree(r / "JPEGImages"), (), "has no images/ and masks/, but"),
     ("no split file", lambda r: (r / SPLIT).unlink(), (), "has no train.txt; write it"),
-    ("an empty split", lambda r: (r / SPLIT).write_text("\n\n"), (), "train.txt: "),
+    ("an empty split", lambda r: (r / SPLIT).write_text("\n\n"), (), "none for train; files: "),
     ("a split in UTF-16", lambda r: (r / SPLIT).write_text("a", "utf-16"), (), "as UTF-8"),
     ("a list with endings", lambda r: edit_lines(r / SPLIT, "{}.jpg"), (), "'train_0.jpg' is no image"),
     ("a list with masks", lambda r: edit_lines(r / SPLIT, "/a/{0}.jpg /b/{0}.png"), (), PREPARE),

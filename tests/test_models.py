@@ -1,8 +1,10 @@
 """models.py and tools/layers.py against the paper's tables, ERFNet's published layout and torchvision's ResNet34."""
 
+import re
+
 import pytest
 import torch
-from conftest import call
+from conftest import REPOSITORY, call
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet34
@@ -224,6 +226,9 @@ def test_layer_table_of_darrennet_is_table_1(capsys):
     assert rows[-1]["multiply_adds"] == 16 * 21 * 4 * 112 * 112
     call(layers)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    text = (REPOSITORY / "docs/options.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    assert [tuple(line) for line in lines] == table
     assert [line[0] for line in lines] == list(models.MODELS)
     adds = sum(row["multiply_adds"] for row in rows)
     assert lines[1] == ["darrennet", "2,064,321", f"{adds:,}"]

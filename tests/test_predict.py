@@ -143,16 +143,6 @@ def test_the_shipped_network_sees_the_cat_and_the_astronaut():
     assert set(cat[cat > 0]) == {classes.index("cat")}
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth"])
-def test_a_checkpoint_among_the_images_is_told_apart(tmp_path, suffix):
-    photo("a.png", "red")
-    os.replace("net.pt", f"net{suffix}")
-    result = run_script("predict.py", f"net{suffix}", "a.png", cwd=tmp_path)
-    said = f"net{suffix}: is a network: predict.py IMAGE --checkpoint net{suffix}"
-    assert result.returncode == 2 and result.stderr == f"predict.py: error: {said}\n"
-    assert not Path("predictions").exists()
-
-
 def test_each_run_has_the_first_folder_that_is_free():
     photo("a.jpg", "red")
     segment("a.jpg")

@@ -421,13 +421,13 @@ def test_a_folder_for_each_image_and_a_mask_for_each_object(tmp_path):
         assert (np.asarray(Image.open(path)) == (mask > 0)).all()
 
 
-@pytest.mark.parametrize("upright", [False, True])
-def test_exif_of_a_tiff_turns_it_once(tmp_path, upright):
+@pytest.mark.parametrize("kind, upright", [("jpg", False), ("tif", False), ("tif", True)])
+def test_exif_turns_an_image_once_and_its_mask_too(tmp_path, kind, upright):
     root, exif = write_plain(tmp_path / "in"), Image.Exif()
     exif[0x0112] = 6
     for name, (image, mask, _) in PICTURES.items():
         (root / f"images/{name}.jpg").unlink()
-        image.save(root / f"images/{name}.tif", exif=exif)
+        image.save(root / f"images/{name}.{kind}", exif=exif)
         put(root / f"masks/{name}.png", np.rot90(mask, -1).copy() if upright else mask)
     assert prepare.main([str(root)]) == (0 if upright else 1)
     assert prepare.main([str(root), str(tmp_path / "new")]) == 0
@@ -444,17 +444,6 @@ def test_a_list_without_masks_does_no_harm_to_training(tmp_path, capsys):
     assert prepare.main([str(root)]) == 0
     said = capsys.readouterr().out
     assert "test.txt: 'secret' is no image's name" in said and "._train" not in said
-
-
-def test_exif_turns_the_mask_too(tmp_path):
-    root, exif = write_plain(tmp_path / "in"), Image.Exif()
-    exif[0x0112] = 6
-    for name, (image, _, _) in PICTURES.items():
-        image.save(root / f"images/{name}.jpg", exif=exif)
-    assert prepare.main([str(root)]) == 1
-    assert prepare.main([str(root), str(tmp_path / "new")]) == 0
-    mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
-    assert (mask == np.rot90(PICTURES["c"][1], -1)).all()
 
 
 def test_frames_and_what_vanishes(tmp_path, capsys):

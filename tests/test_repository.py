@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import shlex
 import sys
 import tokenize
 import zipfile
@@ -16,8 +17,11 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 import data
+import evaluate
 import models
 import predict
+import train
+from tools import results
 
 SCRIPTS = ("models", "data", "utils", "train", "evaluate", "predict")
 SOURCES = {name: (REPOSITORY / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS}
@@ -178,6 +182,36 @@ def test_the_onnx_network_gives_the_same_logits_at_odd_sizes(options_blocks):
     with torch.inference_mode():
         expected = names["model"](images)
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["README.md", "docs/options.md"])
+def test_commands_can_be_typed_as_they_stand(text):
+    parsers = {"train": train.read_settings, "evaluate": evaluate.parse_args}
+    parsers["predict"] = predict.parse_args
+    text = (REPOSITORY / text).read_text(encoding="utf-8")
+    commands = re.findall(r"python (train|evaluate|predict)\.py ([^`\n]*)", text)
+    commands = [each for each in commands if "..." not in each[1] and "--resume" not in each[1]]
+    assert len(commands) > 5
+    for script, flags in commands:
+        parsers[script](shlex.split(flags))  # exits where it does not know a flag or a value
+
+
+@pytest.mark.parametrize("script", [train, evaluate, predict], ids=lambda each: each.__name__)
+def test_options_md_names_all_flags(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    flags = {*re.findall(r"(?<![\w-])--[a-z][a-z-]*", capsys.readouterr().out.split("\n\n")[0])}
+    text = (REPOSITORY / "docs/options.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {script.__name__}.py\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`--[^|]*) \|", section, re.MULTILINE)
+    assert {*re.findall(r"--[a-z-]+", " ".join(rows))} == flags
+
+
+def test_no_figure_of_the_tables_was_typed(capsys):
+    results.print_tables(results.read_json(REPOSITORY / "docs/results.json"))
+    printed = capsys.readouterr().out.strip().splitlines()
+    text = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    assert len(printed) > 10 and not {*printed} - {*text}
 
 
 @pytest.mark.parametrize("text", TEXTS)
