@@ -1,5 +1,6 @@
 """evaluate.py on tiny data sets, by networks whose predictions are known or counted by numpy."""
 
+import contextlib
 import csv
 import json
 import os
@@ -18,6 +19,7 @@ import data
 import evaluate
 import models
 import predict
+import train
 import utils
 from tools import results
 
@@ -406,7 +408,16 @@ def test_results_trains_what_is_missing_and_makes_its_table_of_the_scores(voc, m
     rows = (("a", "FCN", "0.06, 75 %", flags), ("transfer", "T", "", "--model resnet34_fcn"))
     monkeypatch.setattr(results, "ROWS", rows)
     monkeypatch.setattr(results, "SEEDS", {"a": (0, 1)})
-    call(results, "--data", voc, "--jobs", 2)
+    script, scripts = results.script, {"train.py": train, "evaluate.py": evaluate}
+
+    def only_the_first_in_a_process_of_its_own(name, *args, log, threads):
+        if Path("runs/results/a/best.pt").exists():
+            with open(log, "a") as file, contextlib.redirect_stdout(file):
+                return call(scripts[name], *args)
+        script(name, *args, log=log, threads=threads)
+
+    monkeypatch.setattr(results, "script", only_the_first_in_a_process_of_its_own)
+    call(results, "--data", voc)
     runs = ("runs/results/a", "runs/results/a-1")
     scores = [read_scores(f"{run}/scores/val-paper") for run in runs]
     low, high = sorted(each["mean_iou"] for each in scores)
