@@ -459,3 +459,6 @@ def test_results_trains_what_is_missing_and_makes_its_table_of_the_scores(voc, m
         "b",
     }
     assert "a: was trained elsewhere, not scored here" in capsys.readouterr().err
+    monkeypatch.setattr(results, "ROWS", (("a", "FCN", "", f"{flags} --cosine"),))
+    with pytest.raises(utils.UserError, match="results.json: a was trained with --model fcn"):
+        call(results, "--data", voc)

@@ -349,10 +349,8 @@ def test_a_fine_tuned_network_says_what_its_weights_had_learned_from(voc, capsys
     quick_train(*flags, "--train-split", "val", "--val-split", "train", name="first", epochs=1)
     given = ("--encoder-weights", "first/last.pt", "--lr", 0)
     quick_train(*flags, *given, name="second", epochs=1)
-    learned, started = (
-        state_of("first/last.pt")["state_dict"],
-        state_of("second/last.pt")["trained"],
-    )
+    learned = state_of("first/last.pt")["state_dict"]
+    started = state_of("second/last.pt")["trained"]
     names = [name for name, _ in models.build_model("small").named_parameters()]
     assert all(torch.equal(started[name], learned[name]) for name in names) and names
     both = sorted([f"train_{i}" for i in range(5)] + [f"val_{i}" for i in range(3)])

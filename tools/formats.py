@@ -37,6 +37,7 @@ OTHER_WORDS = (
 )
 # What precedes or follows an image's name in its mask's name, or in its own.
 MASK_ENDS = "masks?|segmentations?|seg|labels?|gt|l|manual|anno|annotation|groundtruth"
+MASK_END = rf"({MASK_ENDS})(_?\d{{1,2}})?"  # a_mask_1, a_mask_2: several masks of one image
 ENDS = f"{MASK_ENDS}|training|test|images?|img|sat|rgb|leftImg8bit|gtFine|labelIds|labelTrainIds"
 BACKGROUNDS = "background bg sky other void unlabeled unlabelled ignore"
 CAMVID = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
@@ -157,7 +158,7 @@ def core(path):
     """Return a file's name without what marks a mask or an image: a of a_mask.png, a.jpg.png."""
     stem, before = normal(path.stem), None
     while stem != before:
-        ends = rf"[-_. ]+(({MASK_ENDS})(_?\d{{1,2}})?|({ENDS})\d?)$|^({ENDS})[-_. ]+"
+        ends = rf"[-_. ]+({MASK_END}|({ENDS})\d?)$|^({ENDS})[-_. ]+"
         ends = rf"{ends}|\.(jpe?g|png|tiff?|bmp)$"
         stem, before = re.sub(ends, "", stem, flags=re.IGNORECASE) or stem, stem
     return stem
@@ -210,7 +211,7 @@ def divide(folder):
     images = {path for path in groups.get("image") or groups.get("", ()) if path.suffix != ".npy"}
     groups = {rank: groups[rank] for rank in range(len(MASK_WORDS)) if rank in groups}
     if not groups:  # side by side: a.jpg and a_mask.png, or a.jpg and a.png
-        marked = rf".*[-_. ]({MASK_ENDS})(_?\d{{1,2}})?\.\w+"
+        marked = rf".*[-_. ]{MASK_END}\.\w+"
         masks = {path for path in images if re.fullmatch(marked, path.name, re.IGNORECASE)}
         others = {path.with_name(core(path)) for path in images - masks}
         masks = {path for path in masks if path.with_name(core(path)) in others}
@@ -222,7 +223,7 @@ def divide(folder):
 
 def find_pairs(folder, export):
     """Fill in `export.items`: by lists that name masks too, else by the names of the files."""
-    export.items, (images, groups) = [], divide(folder)
+    images, groups = divide(folder)
     if not images:
         how = "export it with its images (in CVAT: Save images), or put them into images/"
         raise DataError(folder.root, "has masks, but no images", how)
@@ -231,8 +232,9 @@ def find_pairs(folder, export):
     blank, how = export.blank and not pairs, "lists" if pairs else "names"
     kinds = [match(folder, images, masks) for masks in groups.values()]
     used = {*chain(*pairs.values())}  # VOC's train_aug.txt has a second column, val.txt has none
-    known = lambda kind: (len(used & {*chain(*kind.values())}), len(kind))
-    named = max(kinds, key=known, default={})
+    named = {}
+    if kinds:
+        named = max(kinds, key=lambda kind: (len(used & {*chain(*kind.values())}), len(kind)))
     wanted = {image for image, _ in listed} if pairs else named.keys()
     pairs = {image: mask for image, mask in named.items() if image in wanted} | pairs
     if not pairs:
@@ -252,8 +254,8 @@ def find_pairs(folder, export):
     if lone:
         print(f"{len(lone)} masks, such as {lone[0].name}, have no image: they are left out")
     pairs |= {image: [None] for image in bare} if blank else {}
-    for image, (mask, *more) in sorted(pairs.items()):
-        export.items.append(Item(image, mask, more=tuple(more)))
+    pairs = sorted(pairs.items())
+    export.items = [Item(image, mask, more=tuple(more)) for image, (mask, *more) in pairs]
 
 
 def read_lists(folder, images):

@@ -14,6 +14,7 @@ formats.py says what a folder holds. Reading, checking and writing are the same 
 then the new folder is looked over.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -133,9 +134,8 @@ def open_image(path, white=None, decode=False):
         try:  # a JPEG has 8 bits, and is linked without a look at its pixels if it is whole
             decode = decode or not is_jpeg or not is_whole(path)
             picture = data.load_image(path) if decode else None
-            size = (
-                picture.size if picture else size
-            )  # Pillow turns TIFFs, and their size, by itself
+            if picture:  # Pillow turns TIFFs, and their size, by itself
+                size = picture.size
             picture = None if path.suffix.lower() in data.IMAGE_SUFFIXES else picture
         except DataError:
             if not white:
@@ -268,7 +268,9 @@ def look_over(root, size, decode):
                 errors.append(str(error))
             else:  # a test set whose masks a teacher keeps, or no list at all
                 print(f"{split} cannot be scored: {error}")
-                splits[split] = [name for name in data.read_lines(lists[split]) if name in names]
+                with contextlib.suppress(DataError):
+                    listed = data.read_lines(lists[split])
+                    splits[split] = [name for name in listed if name in images and name in masks]
 
     def look(name):
         _, shape, turn, frames = open_image(images[name], decode=decode)

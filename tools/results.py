@@ -13,7 +13,6 @@ it to runs/results/ to train only what it lacks.
 """
 
 import contextlib
-import csv
 import datetime
 import json
 import os
@@ -27,6 +26,7 @@ import torch
 SCRIPTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(SCRIPTS))
 import data
+import evaluate
 import utils
 
 FCN = "--model fcn --init xavier_uniform --epochs 150"
@@ -51,6 +51,7 @@ ROWS = (
 SEEDS = {"main": (0, 1, 2)}  # of other rows 0 alone
 # How a split is scored: the column's name, evaluate.py's flags, the end of its folder's name.
 PROTOCOLS = (("paper's", ["--void-as-background"], "-paper"), ("own", [], ""))
+# Of a run's scores; more than the tables show, since its folder may not last.
 KEPT = ("mean_iou", "pixel_accuracy", "mean_accuracy", "mean_dice")
 
 
@@ -82,12 +83,12 @@ def script(name, *args, log, threads):
 def finish_run(folder, flags, place, splits, threads):
     """Train a run to its end where that is not done yet, score it, and return its record.
 
-    flags: those that make the result; place: those that say where data lie.
+    flags: those that make the result; place: those that say where data lie, and how fast.
     """
     log, origin = folder.with_suffix(".txt"), folder.with_suffix(".json")
     if not origin.exists():  # written as training begins
-        started = {"flags": " ".join(map(str, flags)), "commit": commit(), "date": today()}
-        write_json(origin, started)
+        today = datetime.date.today().isoformat()
+        write_json(origin, {"flags": " ".join(flags), "commit": commit(), "date": today})
     if not (folder / "samples.png").exists():  # the last thing that train.py writes
         arguments = (*flags, *place, "--out", folder, "--resume")
         script("train.py", *arguments, log=log, threads=threads)
@@ -101,15 +102,13 @@ def finish_run(folder, flags, place, splits, threads):
             metrics = read_json(path)
             scores[f"{split}, {protocol}"] = {name: metrics[name] for name in KEPT}
 
-    with open(folder / "log.csv", encoding="utf-8", newline="") as file:
-        history = list(csv.DictReader(file))
-    best = max(history, key=lambda row: float(row["val_mean_iou"]))
+    history = evaluate.read_log(folder / "log.csv")
     settings = read_json(folder / "settings.json")
     return read_json(origin) | {
         "scores": scores,
-        "best_epoch": int(best["epoch"]),
+        "best_epoch": int(utils.best_row(history)["epoch"]),
         "epochs": int(history[-1]["epoch"]),
-        "minutes": round(sum(float(row["seconds"]) for row in history) / 60, 1),
+        "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
         "torch": settings["versions"]["torch"],
         "device": settings["device"].rpartition(", ")[0],  # without the system's name
     }
@@ -121,11 +120,6 @@ def commit():
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     return "none"
-
-
-def today():
-    """Return the date, as 2026-11-29."""
-    return datetime.date.today().isoformat()
 
 
 def write_json(path, content):
@@ -180,7 +174,6 @@ def runs_of(name):
 def main(argv=None):
     """Run the command line; see the top of the file."""
     args = parse_args(argv)
-    shared = ["--compile"] if args.compile else []
     splits = ("val", "test") if args.test else ("val",)
     if not args.encoder and all(name.startswith("transfer") for name in args.rows):
         raise utils.UserError("rows that are called transfer need --encoder FILE")
@@ -188,18 +181,24 @@ def main(argv=None):
     results = read_json(args.out / "results.json")
     wanted = {}
     for name, _, _, flags in ROWS:
-        place = ["--encoder-weights", args.encoder] if name.startswith("transfer") else []
-        if name not in args.rows or (place and not args.encoder):
+        transfer = name.startswith("transfer")
+        if name not in args.rows or (transfer and not args.encoder):
             continue
+        place = ["--data", args.data, *(["--compile"] if args.compile else [])]
+        place += ["--encoder-weights", args.encoder] if transfer else []
         for run, seed in zip(runs_of(name), SEEDS.get(name, (0,))):
-            scored = results.get(run, {}).get("scores", {})
+            words = [*flags.split(), "--seed", str(seed)]
+            kept = results.get(run, {"flags": " ".join(words), "scores": {}})
+            if kept["flags"] != " ".join(words):
+                what = f"{run} was trained with {kept['flags']}"
+                raise utils.UserError(f"{args.out / 'results.json'}: {what}; give another --out")
+            scored = kept["scores"]
             if all(f"{split}, own" in scored for split in splits):
                 continue
             if scored and not (args.out / run / "best.pt").exists():
                 print(f"{run}: was trained elsewhere, not scored here", file=sys.stderr)
             else:
-                flags_of_run = [*flags.split(), "--seed", seed, *shared]
-                wanted[run] = flags_of_run, [*place, "--data", args.data]
+                wanted[run] = words, place
 
     if wanted:  # get and decode the images before several runs try it at once
         for split in splits:
