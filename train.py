@@ -302,7 +302,7 @@ def learning_rate(args, done, total):
 
 
 def train_one_epoch(run, epoch):
-    """Take an epoch's steps; return their mean loss, a float. No step waits for the GPU."""
+    """Take an epoch's steps; return their mean loss, a float. No step waits for a CUDA GPU."""
     args = run.args
     batches = data.epoch_order(run.train_set, run.batch_size, args.seed, epoch)
     total = torch.zeros((), device=run.device)

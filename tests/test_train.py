@@ -596,7 +596,7 @@ def test_a_compiled_run_learns_what_another_learns(voc, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_cuda_graph_learns_what_the_model_itself_learns(voc, monkeypatch, precision):
     monkeypatch.setitem(models.MODELS, "plain", Plain)
     flags = ("--data", voc, "--device", "cuda", "--precision", precision)
