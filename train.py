@@ -154,8 +154,7 @@ class Run:
     def __init__(self, args, last, device, rank=0, processes=1):
         self.args, self.device = args, device
         self.rank, self.processes = rank, processes  # torchrun's: this is process `rank`
-        auto = args.precision == "auto"
-        self.precision = fast_precision(device) if auto else args.precision
+        self.precision = fast_precision(device) if args.precision == "auto" else args.precision
 
         # Process 0 loads, and downloads, first; the others wait for it, then load.
         if rank > 0:
@@ -259,7 +258,9 @@ def restore(run, last):
     run.history = last["history"]
     # Both networks have the averaged weights until here.
     run.model.load_state_dict(last["trained"])
-    run.optimizer.load_state_dict(last["optimizer"])
+    # Adam's moments alone: `fused` is chosen for this device, the rate is set in each step.
+    state = run.optimizer.state_dict() | {"state": last["optimizer"]["state"]}
+    run.optimizer.load_state_dict(state)
     run.scaler.load_state_dict(last.get("scaler") or run.scaler.state_dict())
     # Another kind of device may have stored Adam's two moments in another memory order.
     # The fused kernel expects that of the weights: the moments are copied into it.
