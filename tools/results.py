@@ -32,6 +32,7 @@ import utils
 FCN = "--model fcn --init xavier_uniform --epochs 150"
 PAPER = "--augment flip --cosine --class-weights --epochs 150"
 TRANSFER = "--cosine --class-weights --epochs 150"
+TUNED = "--model resnet34_darrennet --augment --cosine --epochs 150"
 # The row's name; the set-up; what the paper has on test, mIoU and accuracy; train.py's flags.
 ROWS = (
     ("base", "FCN, the baseline", "0.06, 75 %", FCN),
@@ -47,6 +48,9 @@ ROWS = (
      f"--model resnet34_darrennet --augment affine {TRANSFER}"),
     ("transfer-unet", "UNet on ResNet34", "0.08, 79 %", f"--model resnet34_unet {TRANSFER}"),
     ("transfer-fcn", "FCN on ResNet34", "", f"--model resnet34_fcn {TRANSFER}"),
+    ("transfer-tuned", "DarrenNet on ResNet34, no class weights", "", TUNED),
+    ("transfer-tenth", "encoder at a tenth of the rate", "", f"{TUNED} --encoder-lr 0.1"),
+    ("transfer-frozen", "encoder frozen", "", f"{TUNED} --encoder-lr 0"),
 )  # fmt: skip
 SEEDS = {"main": (0, 1, 2)}  # of other rows 0 alone
 # How a split is scored: the column's name, evaluate.py's flags, the end of its folder's name.
