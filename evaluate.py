@@ -3,7 +3,7 @@
     python evaluate.py                                    the newest run, on its validation split
     python evaluate.py runs/darrennet --split test        another run, another split
     python evaluate.py runs/darrennet --void-as-background           as the paper scores
-    python evaluate.py runs/* --images 000039 000063                 compare: table, images, curves
+    python evaluate.py runs/fcn runs/unet --images 000039 000063     compare: table, images, curves
 
 By default each prediction is brought to its image's own resolution and void is left
 out, which is the rule of the VOC challenge. One confusion matrix is summed over the

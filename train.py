@@ -396,7 +396,7 @@ def validate(run):
 
 
 def fit(run):
-    """Train to the last epoch; validate, save and print about a hundred times."""
+    """Train to the last epoch; validate, save and print 100 to 200 times."""
     first = run.history[-1]["epoch"] + 1 if run.history else 1
     if first > run.epochs:
         print("this run is finished; to go on with it, raise --steps or --epochs")
@@ -552,7 +552,7 @@ def fast_precision(device):
     """Return the numbers that a device multiplies fastest: bfloat16, float16 or float32.
 
     bfloat16 has the range of float32, float16 has not. Intel's server processors have
-    bfloat16 since 2023 (AMX): a DarrenNet trains twice as fast with it.
+    bfloat16 since 2023 (AMX); what it brings is in docs/speed.md.
     """
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)  # 7: V100, T4, RTX 20; 8: Ampere

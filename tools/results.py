@@ -5,8 +5,8 @@
     python tools/results.py --test                     score test as well, once all is chosen
     python tools/results.py --encoder FILE             the rows that start from trained weights, too
 
-Each row is a run of train.py, in a folder of its own; what was ended is gone on with by the
-same command. What train.py and evaluate.py wrote about a finished run is gathered in
+Each row is a run of train.py, in a folder of its own. The same command goes on with what was
+stopped. What train.py and evaluate.py wrote about a finished run is gathered in
 results.json, and the table is made of that file alone: no figure is typed. A run that
 stands there is not trained again. The file behind docs/results.md is docs/results.json; copy
 it to runs/results/ to train only what it lacks.
