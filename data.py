@@ -347,8 +347,9 @@ def load_image(path):
     too.
     """
     with blame(path, "give another file"), Image.open(path) as file:
-        # Pillow says ";16" where it would cut off the lower half of 16 bits.
-        if file.mode[0] in "IF" or ";16" in str(file.tile):
+        # Pillow says ";16" where it would cut off the lower half of 16 bits. In "BGR;16"
+        # the three channels share them.
+        if file.mode[0] in "IF" or ";16" in str(file.tile).replace("BGR;16", ""):
             what = "has more than 8 bits a channel, and which number is white is unknown"
             raise DataError(path, what, f"{PREPARE} --white NUMBER makes 8 of them")
         image = ImageOps.exif_transpose(file)

@@ -28,6 +28,7 @@ import shlex
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -116,8 +117,10 @@ def read_settings(argv):
     path = utils.find_checkpoint(wanted, "last.pt")
     last = utils.load_checkpoint(path)
     stored = dict(last.get("args") or {})
-    if "steps" not in stored or "optimizer" not in last:
-        raise utils.UserError(f"{path}: is no last.pt of train.py; give its run's folder")
+    # A copy by another name would overwrite what the run in its folder came to since.
+    whole = path.name == "last.pt" and path.with_name("best.pt").exists()
+    if not whole or "steps" not in stored or "optimizer" not in last:
+        raise utils.UserError(f"{path}: is no last.pt beside a best.pt; give the run's folder")
     stored = {name: value for name, value in stored.items() if name in vars(args)}
     stored["out"] = path.parent
     parser.set_defaults(**stored)  # what is not typed again stays as it was
@@ -164,7 +167,9 @@ class Run:
             distributed.barrier()
         count = len(self.train_set.names)
         self.batch_size = min(args.batch_size, count)  # of a step, over all processes
-        self.epochs = args.epochs or math.ceil(args.steps / (count // self.batch_size))
+        # Of an epoch: those too few for a last batch are left out.
+        self.trained_images = count - count % self.batch_size
+        self.epochs = args.epochs or math.ceil(args.steps * self.batch_size / self.trained_images)
         check_settings(self, last)
 
         torch.manual_seed(args.seed)
@@ -422,7 +427,7 @@ def fit(run):
                 "val_loss": val_loss,
                 "val_mean_iou": utils.mean_iou(cm),
                 "val_pixel_accuracy": utils.pixel_accuracy(cm),
-                "images_per_second": len(losses) * len(run.train_set.names) / training_seconds,
+                "images_per_second": len(losses) * run.trained_images / training_seconds,
                 "seconds": time.perf_counter() - started,
             }
             run.history.append(row)
@@ -443,7 +448,7 @@ def report(run, row, cm, left):
         f"loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  "
         f"mIoU {row['val_mean_iou']:.4f}  accuracy {row['val_pixel_accuracy']:.1%}  "
         f"predicts {len(predicted)}/{len(cm)} classes  "
-        f"{row['images_per_second']:.1f} images/s  {utils.duration(left)} left",
+        f"{row['images_per_second']:.1f} images/s  {timedelta(seconds=round(left))} left",
         flush=True,
     )
     if len(predicted) == 1:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import datetime
 import functools
 import glob
 import io
@@ -12,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -177,7 +177,7 @@ def select_device(name="auto"):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error)[:90]}); try auto or cpu")
 
 
@@ -395,8 +395,8 @@ def curves(path, histories, title):
             axes.set(title=label, xlabel="epoch")
             axes.grid(alpha=0.3)
         if len(histories) > 1:
-            lines = axes.get_legend_handles_labels()
-            figure.legend(*lines, loc="outside lower center", frameon=False)
+            # Every second line of the last panel is a run's dot.
+            figure.legend(handles=axes.lines[::2], loc="outside lower center", frameon=False)
 
 
 def samples(path, images, rows, classes, title, captions=()):
@@ -416,7 +416,8 @@ def samples(path, images, rows, classes, title, captions=()):
 
         grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
         for axes, caption in zip(grid[0], captions):
-            axes.set_title(caption, fontsize=10)
+            # A file's name may have bytes that are no letters, which matplotlib refuses.
+            axes.set_title(caption.encode(errors="replace").decode(), fontsize=10)
         pictures = [images.permute(0, 2, 3, 1).numpy()]
         pictures += [[colorize(mask, colors) for mask in masks] for masks in rows.values()]
         for line, name, shown in zip(grid, ["image", *rows], pictures):
@@ -437,8 +438,8 @@ def cli(main, *user_errors):
 
     UserError, OSError, the further exception classes given, and a lack of memory or of
     a compiler end the process with status 2, as argparse's own errors do, Ctrl-C with
-    130, without a word. All others are bugs: they keep their traceback, as all do in
-    `python -X dev`.
+    130, without a word. All others are bugs: they keep their traceback. In
+    `python -X dev` those that the user can mend have it, too.
     """
     for stream in (sys.stdout, sys.stderr):  # a file on Windows may know few letters
         if hasattr(stream, "reconfigure"):
@@ -454,9 +455,7 @@ def cli(main, *user_errors):
             message = f"{message[:150]}; try a smaller --batch-size or --size"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             message = f"{message[:150]}; --no-compile does without a compiler"
-        elif not isinstance(error, (UserError, OSError, *user_errors)):
-            raise
-        if sys.flags.dev_mode:
+        elif sys.flags.dev_mode or not isinstance(error, (UserError, OSError, *user_errors)):
             raise
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -513,12 +512,7 @@ def progress(items, label):
         now = time.monotonic()
         if now - shown > pause:
             shown = now
-            left = duration((now - start) / done * (len(items) - done))
+            left = timedelta(seconds=round((now - start) / done * (len(items) - done)))
             print(f"{label} {done}/{len(items)}  {left} left", end=end, file=sys.stderr, flush=True)
     if terminal:
         print(" " * 60, end="\r", file=sys.stderr, flush=True)
-
-
-def duration(seconds):
-    """Return a duration as people read it: 0:03:20 (hours, minutes, seconds)."""
-    return str(datetime.timedelta(seconds=round(seconds)))

@@ -217,6 +217,15 @@ def test_the_last_band_of_a_tiff_is_left_out_and_that_is_said_once(tmp_path, cap
     assert capsys.readouterr().out == ("" if mode == "CMYK" else said)
 
 
+def test_a_bmp_of_16_bits_a_pixel_is_read(tmp_path):
+    """Five bits of red, six of green, five of blue; Pillow writes no such file."""
+    head = struct.pack("<2sIHHI", b"BM", 70, 0, 0, 66)
+    head += struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+    head += struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    (tmp_path / "a.bmp").write_bytes(head + struct.pack("<HH", 0xF800, 0x001F))
+    assert load_one_row(tmp_path / "a.bmp") == [[255, 0, 0], [0, 0, 255]]
+
+
 def write_png(path, width, bits, color, row):
     """Write a PNG of one row; color: 0 for grey, 2 for RGB. Pillow writes no such depths."""
     with open(path, "wb") as file:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -460,5 +461,41 @@ def test_results_trains_what_is_missing_and_makes_its_table_of_the_scores(voc, m
     }
     assert "a: was trained elsewhere, not scored here" in capsys.readouterr().err
     monkeypatch.setattr(results, "ROWS", (("a", "FCN", "", f"{flags} --cosine"),))
-    with pytest.raises(utils.UserError, match="results.json: a was trained with --model fcn"):
+    with pytest.raises(utils.UserError, match="results.json: a was trained with flags --model fcn"):
         call(results, "--data", voc)
+
+
+def test_results_stops_after_an_error_and_knows_what_a_row_was_made_of(voc, monkeypatch):
+    row = "--model fcn --epochs 1 --size 32"
+    rows = ("a", "A", "", row), ("b", "B", "", row), ("transfer", "T", "", row)
+    monkeypatch.setattr(results, "ROWS", rows)
+    monkeypatch.setattr(results, "SEEDS", {})
+    begun = []
+
+    def ended(name, *args, log, threads):
+        begun.append(name)
+        raise utils.UserError("no disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "script", ended)
+        patch.setattr(results, "commit", lambda: "old")
+        with pytest.raises(utils.UserError, match="no disk"):
+            call(results, "--data", voc, "--rows", "a", "b")
+    assert begun == ["train.py"]
+
+    # The run came to no checkpoint: what is recorded is of the call that trains it.
+    def here(name, *args, log, threads):
+        call({"train.py": train, "evaluate.py": evaluate}[name], *args)
+
+    monkeypatch.setattr(results, "script", here)
+    monkeypatch.setattr(results, "commit", lambda: "new")
+    encoder = models.build_model("fcn").state_dict()
+    torch.save(encoder, "one.pt")
+    torch.save(encoder | {"more": torch.zeros(1)}, "two.pt")
+    call(results, "--data", voc, "--rows", "a", "transfer", "--encoder", "one.pt")
+    stored = json.loads(Path("runs/results/results.json").read_text())
+    assert stored["a"]["commit"] == "new" and "encoder" not in stored["a"]
+    digest = hashlib.sha256(Path("one.pt").read_bytes()).hexdigest()
+    assert stored["transfer"]["encoder"] == digest[:8]
+    with pytest.raises(utils.UserError, match="transfer was trained with encoder .{8}; give"):
+        call(results, "--data", voc, "--rows", "transfer", "--encoder", "two.pt")

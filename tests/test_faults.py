@@ -232,6 +232,7 @@ BAD_FLAGS = [
     ("an unknown split", nothing, ("--val-split", "vla"), "no vla.txt; write it"),
     ("an unknown model", nothing, ("--model", "segnet"), "argument --model: invalid choice"),
     ("an unknown device", nothing, ("--device", "toaster"), "--device toaster cannot be used"),
+    ("one of another package", nothing, ("--device", "hpu"), "--device hpu cannot be used"),
     ("no such GPU", nothing, ("--device", "cuda:99"), "--device cuda:99 cannot be used here"),
     ("an unknown scheme", nothing, ("--class-weights", "magic"), "argument --class-weights"),
     ("no encoder file", nothing, ("--encoder-weights", "gone.pth"), "gone.pth: does not exist"),

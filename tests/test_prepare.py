@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_script
 from PIL import Image, ImageDraw
 
 import data
@@ -348,6 +349,9 @@ def test_white(tmp_path, capsys):
         gray = np.asarray(image.convert("L")).astype(np.uint16) * 16
         put(tmp_path / f"in/{name}.png", gray)
     assert prepare.main([str(tmp_path / "in"), str(tmp_path / "none")]) == 2
+    for flags in ("--white=-1", "--white=inf", "--white=0", "--size=0"):
+        with pytest.raises(SystemExit):
+            prepare.main([str(tmp_path / "in"), str(tmp_path / "none"), flags])
     assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new"), "--white", "4080"]) == 0
     for name, (image, _, _) in PICTURES.items():
         made = data.load_image(tmp_path / f"new/{name}.png").convert("L")
@@ -489,6 +493,17 @@ def test_refusals(tmp_path, capsys):
     for folder in ("images/a/b_c.jpg", "images/a_b/c.jpg", "masks/a/b_c.png", "masks/a_b/c.png"):
         put(same / folder, PICTURES["c"][folder[0] == "m"])
     refused(same, capsys, "would be called like")
+    blind = write_plain(tmp_path / "13/in")  # one file to a disk that ignores case
+    put(blind / "images/C.jpg", PICTURES["c"][0])
+    put(blind / "masks/C.png", PICTURES["c"][1])
+    refused(blind, capsys, "would be called like")
+    if sys.platform == "linux":  # elsewhere names are letters
+        strange, name = write_plain(tmp_path / "14/in"), os.fsdecode(b"caf\xe9")
+        put(strange / f"images/{name}.jpg", PICTURES["c"][0])
+        put(strange / f"masks/{name}.png", PICTURES["c"][1])
+        result = run_script("tools/prepare.py", strange, "new", cwd=tmp_path)
+        assert result.returncode == 2 and "UTF-8 letters" in result.stderr
+        assert result.stderr.count("\n") == 1 and not (tmp_path / "new").exists()
     ignored = write_plain(tmp_path / "7/in", classes="__ignore__\ndisc\nbox\nrare")
     refused(ignored, capsys, "__ignore__")
     xml = tmp_path / "8/in"

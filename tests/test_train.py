@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,13 @@ def test_a_run_leaves_what_it_should(tmp_path, voc, model):
     assert stored["device"].startswith("cpu")
     files = ("best.pt", "curves.png", "last.pt", "log.csv", "samples.png", "settings.json")
     assert sorted(os.listdir("run")) == list(files)
+
+
+def test_images_per_second_leave_out_those_too_few_for_a_batch(voc, monkeypatch):
+    """Of five images in batches of two an epoch takes four."""
+    monkeypatch.setattr(train.time, "perf_counter", iter(range(100)).__next__)  # a second a look
+    quick_train("--data", voc, epochs=3)
+    assert [row["images_per_second"] for row in read_rows("run/log.csv")] == [4, 4, 4]
 
 
 def test_a_plain_folder_trains_scores_and_is_predicted(tmp_path, monkeypatch, capsys):
@@ -272,8 +280,12 @@ def test_a_run_goes_on_with_the_columns_that_it_has(voc):
 
 def test_checkpoints_that_cannot_be_gone_on_with_are_refused(voc):
     quick_train("--data", voc, epochs=1)
-    with pytest.raises(utils.UserError, match="best.pt: is no last.pt of train.py; give"):
-        call(train, "--resume", "run/best.pt")
+    shutil.copy("run/last.pt", "run/epoch1.pt")  # which would write over run/last.pt
+    Path("copied").mkdir()
+    shutil.copy("run/last.pt", "copied/last.pt")
+    for given in ("run/best.pt", "run/epoch1.pt", "copied"):
+        with pytest.raises(utils.UserError, match="pt: is no last.pt beside a best.pt; give the"):
+            call(train, "--resume", given, "--epochs", 2)
     write_voc(Path("two"), num_classes=2)
     Path("two/classes.txt").write_text("background\ncat")
     with pytest.raises(utils.UserError, match="two: has other classes than the run; give"):

@@ -206,7 +206,7 @@ def figures(monkeypatch):
 
 
 def test_the_drawn_curves_are_the_logs_numbers(figures):
-    utils.curves("a.png", {"one": ROWS, "two": ROWS[:2]}, "title")
+    utils.curves("a.png", {"one": ROWS, "_two": ROWS[:2]}, "title")
     loss, iou, accuracy = figures[0].axes
     lines = [list(line.get_ydata()) for line in loss.lines]
     assert lines[:2] == [[4, 2, 4 / 3], [3, 1.5, 1]]
@@ -215,7 +215,7 @@ def test_the_drawn_curves_are_the_logs_numbers(figures):
     assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([2], [0.3])
     assert list(accuracy.lines[0].get_ydata()) == [1 / 9, 2 / 9, 3 / 9]
     texts = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    assert texts == ["one: best 0.3000", "two: best 0.3000"]
+    assert texts == ["one: best 0.3000", "_two: best 0.3000"]
     looks_drawn("a.png", 1000, 400)
 
 
@@ -223,16 +223,16 @@ def test_samples_are_the_images_and_their_masks_in_the_classes_colours(figures):
     images = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).byte()
     truth = torch.tensor([0, 1, 1, 255], dtype=torch.uint8).view(1, 2, 2).repeat(2, 2, 2)
     rows = {"truth": truth, "prediction": torch.zeros_like(truth)}
-    utils.samples("a.png", images, rows, ["a", "b", "c"], "title", ["one", "two"])
+    utils.samples("a.png", images, rows, ["_a", "b", "c"], "title", ["one", "caf\udce9"])
     axes = np.array(figures[0].axes).reshape(3, 2)
     shown = [[np.asarray(one.get_images()[0].get_array()) for one in row] for row in axes]
     assert np.array_equal(shown[0][1], images[1].permute(1, 2, 0))
     colors = np.array([*utils.vivid_colors(3), (255, 255, 255)])
     assert np.array_equal(shown[1][0], colors[np.where(truth[0] == 255, 3, truth[0])])
     assert (shown[2][1] == colors[0]).all()
-    assert [one.get_title() for one in axes[0]] == ["one", "two"]
+    assert [one.get_title() for one in axes[0]] == ["one", "caf?"]
     assert [row[0].get_ylabel() for row in axes] == ["image", "truth", "prediction"]
-    assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["a", "b", "void"]
+    assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["_a", "b", "void"]
 
 
 def failing(error):

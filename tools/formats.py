@@ -304,7 +304,10 @@ def settle(folder, items):
         for item in items:
             place = [part.strip("/") for part in places[item.image] if part[-1] != ends]
             item.name = normal("_".join([*place, item.image.stem]))
-            names.setdefault(item.name, []).append(item.image)
+            with data.blame(item.image, "give it a name of UTF-8 letters"):
+                item.name.encode()
+            # Macs and Windows take A.jpg and a.jpg for one file.
+            names.setdefault(item.name.casefold(), []).append(item.image)
         if len(names) == len(items):
             return
     twice = next(paths for paths in names.values() if len(paths) > 1)

@@ -210,6 +210,8 @@ def take(item, export, white, out, link):
     target = images / f"{item.name}{item.image.suffix}"
     try:
         link(item.image.resolve(), target)
+    except FileExistsError:  # copying would write into a linked image of the source
+        raise
     except OSError:  # on another disk, or on one that has no links
         shutil.copyfile(item.image, target)
     return turned
@@ -374,11 +376,12 @@ def run(args):
 def main(argv=None):
     """Run the command line, see the top of the file; return the exit status."""
     parser = utils.make_parser(__doc__)
+    white, size = utils.number(float, 1e-6, 1e9), utils.number(int, 1, 4096)
     parser.add_argument("source", metavar="SOURCE", help="a folder of data, or an export")
     parser.add_argument("new", metavar="NEW", nargs="?", help="a folder that does not exist yet")
     parser.add_argument("--void", type=int, metavar="VALUE", help="a value of masks to make void")
-    parser.add_argument("--white", type=float, metavar="VALUE", help="becomes 255 in 8-bit images")
-    parser.add_argument("--size", type=int, default=96, help="for what vanishes; default: 96")
+    parser.add_argument("--white", type=white, metavar="VALUE", help="becomes 255 in 8-bit images")
+    parser.add_argument("--size", type=size, default=96, help="for what vanishes; default: 96")
     args = parser.parse_args(argv)
     try:
         return run(args)

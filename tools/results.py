@@ -14,6 +14,7 @@ it to runs/results/ to train only what it lacks.
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import subprocess
@@ -90,7 +91,7 @@ def finish_run(folder, flags, place, splits, threads):
     flags: those that make the result; place: those that say where data lie, and how fast.
     """
     log, origin = folder.with_suffix(".txt"), folder.with_suffix(".json")
-    if not origin.exists():  # written as training begins
+    if not (origin.exists() and (folder / "last.pt").exists()):  # written as training begins
         today = datetime.date.today().isoformat()
         write_json(origin, {"flags": " ".join(flags), "commit": commit(), "date": today})
     if not (folder / "samples.png").exists():  # the last thing that train.py writes
@@ -175,6 +176,35 @@ def runs_of(name):
     return [f"{name}-{seed}" if seed else name for seed in SEEDS.get(name, (0,))]
 
 
+def missing(args, splits):
+    """Return {run: (flags, place, the encoder's record)} of what results.json lacks."""
+    path = args.out / "results.json"
+    results, wanted = read_json(path), {}
+    # torchvision's files have these digits in their names.
+    weights = args.encoder and hashlib.sha256(Path(args.encoder).read_bytes()).hexdigest()[:8]
+    for name, _, _, flags in ROWS:
+        transfer = name.startswith("transfer")
+        if name not in args.rows or (transfer and not args.encoder):
+            continue
+        place = ["--data", args.data, *(["--compile"] if args.compile else [])]
+        place += ["--encoder-weights", args.encoder] if transfer else []
+        encoder = {"encoder": weights} if transfer else {}
+        for run, seed in zip(runs_of(name), SEEDS.get(name, (0,))):
+            words = [*flags.split(), "--seed", str(seed)]
+            kept = results.get(run, {"flags": " ".join(words), "scores": {}})
+            for what, now in ({"flags": " ".join(words)} | encoder).items():
+                if kept.get(what, now) != now:
+                    said = f"{run} was trained with {what} {kept[what]}; give another --out"
+                    raise utils.UserError(f"{path}: {said}")
+            if all(f"{split}, own" in kept["scores"] for split in splits):
+                continue
+            if kept["scores"] and not (args.out / run / "best.pt").exists():
+                print(f"{run}: was trained elsewhere, not scored here", file=sys.stderr)
+            else:
+                wanted[run] = words, place, encoder
+    return wanted
+
+
 def main(argv=None):
     """Run the command line; see the top of the file."""
     args = parse_args(argv)
@@ -182,46 +212,34 @@ def main(argv=None):
     if not args.encoder and all(name.startswith("transfer") for name in args.rows):
         raise utils.UserError("rows that are called transfer need --encoder FILE")
     args.out.mkdir(parents=True, exist_ok=True)
-    results = read_json(args.out / "results.json")
-    wanted = {}
-    for name, _, _, flags in ROWS:
-        transfer = name.startswith("transfer")
-        if name not in args.rows or (transfer and not args.encoder):
-            continue
-        place = ["--data", args.data, *(["--compile"] if args.compile else [])]
-        place += ["--encoder-weights", args.encoder] if transfer else []
-        for run, seed in zip(runs_of(name), SEEDS.get(name, (0,))):
-            words = [*flags.split(), "--seed", str(seed)]
-            kept = results.get(run, {"flags": " ".join(words), "scores": {}})
-            if kept["flags"] != " ".join(words):
-                what = f"{run} was trained with {kept['flags']}"
-                raise utils.UserError(f"{args.out / 'results.json'}: {what}; give another --out")
-            scored = kept["scores"]
-            if all(f"{split}, own" in scored for split in splits):
-                continue
-            if scored and not (args.out / run / "best.pt").exists():
-                print(f"{run}: was trained elsewhere, not scored here", file=sys.stderr)
-            else:
-                wanted[run] = words, place
+    path, wanted = args.out / "results.json", missing(args, splits)
 
     if wanted:  # get and decode the images before several runs try it at once
         for split in splits:
             data.load_dataset(args.data, split, size=32, progress=utils.progress)
     threads = max(1, torch.get_num_threads() // args.jobs)
     pool = ThreadPoolExecutor(args.jobs)
+
+    def stop_after_error(job):  # no other row is begun
+        if not job.cancelled() and job.exception():
+            pool.shutdown(wait=False, cancel_futures=True)
+
     jobs = {}
-    for run, (flags, place) in wanted.items():
+    for run, (flags, place, _) in wanted.items():
         job = pool.submit(finish_run, args.out / run, flags, place, splits, threads)
+        job.add_done_callback(stop_after_error)
         jobs[job] = run
     try:
         for job in as_completed(jobs):
+            run = jobs[job]
+            _, _, encoder = wanted[run]
+            record = job.result() | encoder
             # Read anew: another call may have written to it.
-            results = read_json(args.out / "results.json") | {jobs[job]: job.result()}
-            write_json(args.out / "results.json", results)
-            print(f"{jobs[job]}: done", file=sys.stderr, flush=True)
-    finally:  # after an error, or Ctrl-C, no other row is begun
+            write_json(path, read_json(path) | {run: record})
+            print(f"{run}: done", file=sys.stderr, flush=True)
+    finally:  # after Ctrl-C, too
         pool.shutdown(cancel_futures=True)
-    print_tables(results)
+    print_tables(read_json(path))
 
 
 if __name__ == "__main__":
