@@ -527,7 +527,8 @@ def random_matrices(n, mode, aspect, device):
 def jitter_colors(images, strength=0.3):
     """Change brightness, contrast, saturation and tint of float images (N, 3, H, W).
 
-    Each factor is drawn from 1 - strength to 1 + strength, for each image; the tint's from half as far.
+    Each factor is drawn from 1 - strength to 1 + strength, for each image;
+    those of the tint from half as far.
     """
 
     def factor(channels=1, strength=strength):

@@ -167,9 +167,8 @@ class Run:
             distributed.barrier()
         count = len(self.train_set.names)
         self.batch_size = min(args.batch_size, count)  # of a step, over all processes
-        # Of an epoch: those too few for a last batch are left out.
-        self.trained_images = count - count % self.batch_size
-        self.epochs = args.epochs or math.ceil(args.steps * self.batch_size / self.trained_images)
+        self.epoch_steps = count // self.batch_size  # those too few for a last batch are left out
+        self.epochs = args.epochs or math.ceil(args.steps / self.epoch_steps)
         check_settings(self, last)
 
         torch.manual_seed(args.seed)
@@ -420,6 +419,7 @@ def fit(run):
                 said = f"epoch {epoch}: loss {loss}, validation loss {val_loss}, or gradients"
                 remedy = "start anew with a smaller --lr, or --precision float32"
                 raise utils.UserError(f"{said} are not finite; {remedy}")
+            trained = len(losses) * run.epoch_steps * run.batch_size  # images
             row = {
                 "epoch": epoch,
                 "lr": learning_rate(run.args, epoch - 1, run.epochs),
@@ -427,7 +427,7 @@ def fit(run):
                 "val_loss": val_loss,
                 "val_mean_iou": utils.mean_iou(cm),
                 "val_pixel_accuracy": utils.pixel_accuracy(cm),
-                "images_per_second": len(losses) * run.trained_images / training_seconds,
+                "images_per_second": trained / training_seconds,
                 "seconds": time.perf_counter() - started,
             }
             run.history.append(row)
