@@ -148,7 +148,7 @@ class VOC(SegmentationSet):
         # Shown, since a process that takes too much memory is killed without a message.
         label = f"reading {split}, {4 * count * size**2 / 2**30:.1f} GiB"
         # Threads are enough: Pillow releases Python's lock (the GIL) while it decodes.
-        # get_num_threads: as many as a job or a container may use.
+        # get_num_threads: as many as a Slurm job or OMP_NUM_THREADS allows.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             steps = progress(range(count), label) if progress else range(count)
             list(zip(steps, pool.map(decode, range(count))))  # waits, and raises what `decode` did
@@ -311,11 +311,11 @@ def split_names(root, split, images, masks):
     elif split == "all":
         names = paired
     elif split in ("train", "val") and not {"train", "val"} & lists.keys():
-        test = read_lines(lists["test"]) if "test" in lists else []
+        test = set(read_lines(lists["test"]) if "test" in lists else [])
         names = share_out([name for name in paired if name not in test])[split]
         say(f"{root}: no train.txt and val.txt: {split} is {len(names)} images, by their names")
     else:
-        remedy = f"write it, a name a line, or take {', '.join([*sorted(lists), 'all'])}"
+        remedy = f"write it, a name a line, or take {', '.join(['all', *sorted(lists)])[:99]}"
         raise DataError(root, f"has no {split}.txt", remedy)
     unpaired = [name for name in names if name not in images or name not in masks]
     if unpaired or not names:
@@ -427,12 +427,7 @@ def epoch_order(dataset, batch_size, seed, epoch):
 
 def fetch(dataset, indices, device):
     """Return the images and masks at some indices as tensors on a device."""
-    images, masks = dataset.images[indices], dataset.masks[indices]
-    cuda = device.type == "cuda"
-    if cuda and not images.is_cuda:
-        images, masks = images.pin_memory(), masks.pin_memory()
-    # non_blocking is safe on CUDA alone: there later kernels queue behind the copy.
-    return [tensor.to(device, non_blocking=cuda) for tensor in (images, masks)]
+    return dataset.images[indices].to(device), dataset.masks[indices].to(device)
 
 
 def _channels(values, device):

@@ -11,8 +11,6 @@ cut off at the right and at the bottom, so each output pixel stays on its input 
 33 becomes 17, then 34, cut to 33.
 """
 
-import inspect
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -329,11 +327,6 @@ def build_model(name, num_classes=21, **options):
     return MODELS[name](num_classes, **options)
 
 
-def takes_pretrained(name):
-    """Return whether a network's class takes `pretrained`."""
-    return name in MODELS and "pretrained" in inspect.signature(MODELS[name]).parameters
-
-
 def from_checkpoint(checkpoint):
     """Return a checkpoint's network, with its weights, in eval mode, on the CPU.
 
@@ -360,8 +353,8 @@ def load_encoder(model, file):
     """
     stored = file.get("state_dict", file)
     own = model.state_dict()
-    # module. twice: it may stand before or after the compiler's _orig_mod.
-    for word in ("module.", "_orig_mod.", "module.", "model."):
+    # Three times: several of them may stand before a name, in any order.
+    for word in 3 * ("module.", "_orig_mod.", "model."):
         if not own.keys() & stored.keys() and all(name.startswith(word) for name in stored):
             stored = {name.removeprefix(word): tensor for name, tensor in stored.items()}
     renamed = {}

@@ -63,10 +63,10 @@ def find_images(paths):
     for path in utils.expand(paths):
         if not path.exists():
             raise utils.UserError(f"{path}: does not exist; give images or folders of images")
-        if path.suffix in (".pt", ".pth"):
+        if path.suffix in (".pt", ".pth", ".tar") or (path / "best.pt").exists():
             raise utils.UserError(f"{path}: is a network: predict.py IMAGE --checkpoint {path}")
         found += images_in(path) if path.is_dir() else [path]
-    return found
+    return list(dict.fromkeys(found))  # each once
 
 
 def images_in(folder):

@@ -47,6 +47,8 @@ NO_FLOAT16 = (
     "CMP 30HX",
 )  # fmt: skip
 
+FILES = ("best.pt", "last.pt", "log.csv", "settings.json", "curves.png", "samples.png")
+
 # ----------------------------------------------------------------------------- settings
 
 
@@ -96,7 +98,7 @@ def make_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps" + default)
     how = "number format in the network; auto: 16 bits where the device is fast with them" + default
     add("--precision", choices=PRECISIONS, default="auto", help=how)
-    how = "a CUDA graph on one CUDA GPU, elsewhere torch.compile; default: no"
+    how = "a CUDA graph on one CUDA GPU, else torch.compile; not by torchrun; default: no"
     add("--compile", action=yes_or_no, default=False, help=how)
     return parser
 
@@ -165,9 +167,9 @@ class Run:
         self.train_set, self.val_set, self.weights = load_sets(args, device)
         if rank == 0 and processes > 1:
             distributed.barrier()
-        count = len(self.train_set.names)
-        self.batch_size = min(args.batch_size, count)  # of a step, over all processes
-        self.epoch_steps = count // self.batch_size  # those too few for a last batch are left out
+        self.batch_size = min(args.batch_size, len(self.train_set.names))  # of all processes
+        # Images that are too few for a last batch are left out.
+        self.epoch_steps = len(self.train_set.names) // self.batch_size
         self.epochs = args.epochs or math.ceil(args.steps / self.epoch_steps)
         check_settings(self, last)
 
@@ -216,7 +218,7 @@ def load_sets(args, device):
 def make_model(args, train_set, file):
     """Return a new network; file: what --encoder-weights holds, or {}."""
     imagenet = args.pretrained and not file
-    options = {"pretrained": imagenet} if models.takes_pretrained(args.model) else {}
+    options = {"pretrained": imagenet} if args.model.startswith("resnet34_") else {}
     model = models.build_model(args.model, len(train_set.classes), **options)
 
     pretrained = getattr(model, "pretrained_parts", ())
@@ -406,6 +408,11 @@ def fit(run):
         print("this run is finished; to go on with it, raise --steps or --epochs")
     losses, started = [], time.perf_counter()
     for epoch in range(first, run.epochs + 1):
+        if run.args.patience and run.history:
+            since_best = run.history[-1]["epoch"] - utils.best_row(run.history)["epoch"]
+            if since_best >= run.args.patience:
+                print(f"stopped: no better validation mIoU for {since_best} epochs")
+                break
         losses.append(train_one_epoch(run, epoch))
         # On to the validation after every (epochs // 100)-th epoch, and after the last.
         if epoch % max(1, run.epochs // 100) and epoch < run.epochs:
@@ -433,10 +440,6 @@ def fit(run):
             run.history.append(row)
             save(run)
             report(run, row, cm, left=(run.epochs - epoch) * row["seconds"] / len(losses))
-            since_best = epoch - utils.best_row(run.history)["epoch"]
-            if run.args.patience and since_best >= run.args.patience:
-                print(f"stopped: no better validation mIoU for {since_best} epochs")
-                break
         losses, started = [], time.perf_counter()
 
 
@@ -459,19 +462,21 @@ def report(run, row, cm, left):
 
 
 def claim_folder(args):
-    """Return the run's folder: --out, or else the first free of runs/MODEL, runs/MODEL-2, ...
+    """Return (the run's folder, whether this process made its settings.json).
 
-    It is claimed by making its settings.json, which only one of several runs that start
-    at once can do.
+    The folder is --out, or else the first free of runs/MODEL, runs/MODEL-2, ... It is
+    claimed by making settings.json, which only one of several runs that start at once
+    can do. Raises UserError where --out has a file that a run would write over.
     """
     for folder in [args.out] if args.out else utils.numbered(Path("runs", args.model)):
         folder.mkdir(parents=True, exist_ok=True)
+        there = [name for name in FILES if (folder / name).exists()]
+        if args.resume and there == ["settings.json"]:
+            return folder, False  # that run ended before its first validation
         with contextlib.suppress(FileExistsError):
-            # Mode x fails if the file exists: another run has this folder. With --resume
-            # it may exist: that run ended before its first validation.
-            if args.resume or not any(folder.glob("*.pt")):
-                open(folder / "settings.json", "w" if args.resume else "x").close()
-                return folder
+            if not there:  # mode x fails if the file is there by now: another run was faster
+                open(folder / "settings.json", "x").close()
+                return folder, True
     raise utils.UserError(f"{args.out}: holds a run; add --resume, or choose another --out")
 
 
@@ -491,16 +496,15 @@ def write_settings(run, argv):
 
 def save(run):
     """Write last.pt and log.csv; best.pt too where this validation is the best so far."""
-    args = run.args
     checkpoint = {
-        "model": args.model,
-        "options": {"pretrained": False} if models.takes_pretrained(args.model) else {},
+        "model": run.args.model,
+        "options": {},
         "classes": list(run.train_set.classes),
         "palette": run.train_set.palette,
-        "size": args.size,
-        "data": args.data,
+        "size": run.args.size,
+        "data": run.args.data,
         "images": run.images,
-        "args": without_place(args),
+        "args": without_place(run.args),
         "state_dict": run.average.state_dict(),
         "epoch": run.history[-1]["epoch"],
         "metrics": run.history[-1],
@@ -635,17 +639,20 @@ def process_group(device_name):
 def main(argv=None):
     """Run the command line; see the top of the file."""
     args, last = read_settings(argv)
+    claimed = False
     with process_group(args.device) as (device, rank, processes):
         if rank == 0 and not last:
-            args.out = claim_folder(args)
+            args.out, claimed = claim_folder(args)
         try:
             run = Run(args, last, device, rank, processes)
             if args.data not in data.NAMES:  # so that it is found from any folder
                 args.data = str(Path(args.data).expanduser().resolve())
+            both = set(run.train_set.names) & set(run.val_set.names)
             parameters = sum(parameter.numel() for parameter in run.model.parameters())
             print(
                 f"{args.data}: {len(run.train_set.names)} images to train on, "
-                f"{len(run.val_set.names)} to validate on, {len(run.val_set.classes)} classes\n"
+                f"{len(run.val_set.names)} to validate on, {len(both)} of them on both lists, "
+                f"{len(run.val_set.classes)} classes\n"
                 f"{args.model}: {parameters:,} parameters on {processes} x {device} in {run.precision}\n"
                 f"run in {args.out}, saved at each validation",
                 flush=True,
@@ -656,7 +663,7 @@ def main(argv=None):
             if rank == 0:
                 finish(run)
         finally:  # a run that came to no checkpoint leaves no folder
-            if rank == 0 and not (args.out / "last.pt").exists():
+            if claimed and not (args.out / "last.pt").exists():
                 (args.out / "settings.json").unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # it holds something else
                     args.out.rmdir()

@@ -40,15 +40,18 @@ def confusion_matrix(pred, mask, num_classes):
     """
     if pred.shape != mask.shape:
         raise ValueError(f"pred {tuple(pred.shape)} and mask {tuple(mask.shape)} differ in shape")
-    device = pred.device
-    if device.type == "mps":  # where bincount is slow, and fails in some versions of PyTorch
-        pred, mask = pred.cpu(), mask.cpu()
-    valid = mask != 255  # a pair (true class t, predicted class p) is counted as C * t + p
-    pairs = torch.stack([mask[valid].long(), pred[valid].long()])
-    if pairs.numel() and not 0 <= pairs.min() <= pairs.max() < num_classes:
+    labels = torch.stack([mask, pred]).int()
+    if pred.device.type == "mps":  # where bincount is slow, and in some versions fails
+        labels = labels.cpu()
+    void = labels[0] == 255
+    labels = labels.masked_fill(void, 0)
+    if not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"a label is outside the {num_classes} classes")
-    counts = torch.bincount(num_classes * pairs[0] + pairs[1], minlength=num_classes**2)
-    return counts.view(num_classes, num_classes).to(device)
+    # A pair (true class t, predicted class p) is counted as C * t + p. Void is counted
+    # last, and left out: to pick all other pixels first takes several times as long.
+    pairs = (num_classes * labels[0] + labels[1]).masked_fill(void, num_classes**2)
+    counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)[:-1]
+    return counts.view(num_classes, num_classes).to(pred.device)
 
 
 def iou(cm):
@@ -106,9 +109,9 @@ def segment(model, images, size, tta=False):
     images: normalised, float (N, 3, H, W); size: (height, width) of what is returned,
     labels, uint8 (N, height, width), and probabilities, float, of that shape too.
 
-    Softmax; where `size` is another, smooth and enlarge; then argmax. `tta` (test-time
-    augmentation) first takes the mean with the mirrored image's softmax. `model` must be
-    in eval mode. evaluate.py and predict.py both label pixels by this function.
+    Softmax, smooth, bring to `size`, argmax. `tta` (test-time augmentation) first takes
+    the mean with the mirrored image's softmax. `model` must be in eval mode. evaluate.py
+    and predict.py both label pixels by this function.
     """
     probabilities = model(images).float().softmax(1)
     if tta:
@@ -116,8 +119,7 @@ def segment(model, images, size, tta=False):
         probabilities = (probabilities + mirrored) / 2
     # Transposed convolutions leave stripes at outlines. A mean over 3x3 pixels of the
     # network's own grid removes them.
-    if probabilities.shape[-2:] != tuple(size):
-        probabilities = F.avg_pool2d(probabilities, 3, 1, 1, count_include_pad=False)
+    probabilities = F.avg_pool2d(probabilities, 3, 1, 1, count_include_pad=False)
     # One class after the other, keeping the best so far: to enlarge all at once would
     # take 2 GB for VOC's classes and a photograph of 24 million pixels.
     best = probabilities.new_full((len(images), *size), -1)
@@ -151,8 +153,8 @@ def initialize(model, scheme):
     corrected). `xavier_uniform`: uniform within +- sqrt(6 / (n_in + n_out)) (Glorot and
     Bengio 2010; eq. 1). `xavier_normal`: normal, deviation sqrt(2 / (n_in + n_out))
     (eq. 2). n_in and n_out are the connections that PyTorch counts (its fan_in and
-    fan_out). Biases become 0; batch norms stay as the network made them. Raises KeyError
-    for another scheme.
+    fan_out), of transposed convolutions the other way round. Biases become 0; batch
+    norms stay as the network made them. Raises KeyError for another scheme.
     """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):

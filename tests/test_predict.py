@@ -68,9 +68,9 @@ def test_masks_shares_and_how_sure_the_network_is(capsys):
 
 
 def test_how_sure_it_is_is_the_mean_probability_where_there_is_no_background(capsys, monkeypatch):
-    def half(self, images):  # the left half is background for certain, the right 0.6 green
+    def half(self, images):  # the left is background for certain, the right 0.6 green
         shares = torch.tensor([0.3, 0.6, 0.1]).view(1, 3, 1, 1).repeat(1, 1, 32, 32)
-        shares[..., :16] = torch.tensor([0.998, 0.001, 0.001]).view(3, 1, 1)
+        shares[..., :15] = torch.tensor([0.998, 0.001, 0.001]).view(3, 1, 1)
         return shares.log()
 
     monkeypatch.setattr(Colors, "forward", half)
@@ -121,6 +121,18 @@ def test_the_newest_run_on_photographs_is_taken_and_named(capsys):
     assert capsys.readouterr().out.startswith(said)
     segment("a.png", checkpoint="runs/stars")  # which is taken where it is named
     assert capsys.readouterr().out.startswith("network: runs/stars/best.pt: ")
+
+
+def test_a_network_among_the_images_is_told_apart():
+    photo("a.png", "red")
+    write_run("runs/new/best.pt", "/y")
+    Path("erfnet.pth.tar").touch()
+    for path in ("runs/new", "runs/new/best.pt", "erfnet.pth.tar"):
+        with pytest.raises(
+            utils.UserError, match=f"{path}: is a network: predict.py IMAGE --check"
+        ):
+            call(predict, path, "a.png")
+    assert not Path("predictions").exists()
 
 
 def test_without_a_run_predict_takes_the_shipped_network(tmp_path):
@@ -178,12 +190,12 @@ def test_two_images_with_one_name_are_both_kept(capsys):
         photo(f"{folder}/same.png", color)
         photo(f"{folder}/{folder}.jpg", color, size=(40, 60))
     photo("one/SAME.jpg", "lime", size=(50, 50))
-    segment("one", "two", "one/one.jpg")  # a file that is given twice is one more image
-    stems = ["SAME", "one", "one-2", "SAME-2", "SAME-3", "two"]
+    segment("one", "two", "one/one.jpg")  # a file that is given twice is one image
+    stems = ["SAME", "one", "SAME-2", "SAME-3", "two"]
     written = sorted(os.listdir("predictions"))
     assert written == sorted(f"{stem}_{kind}.png" for stem in stems for kind in ("mask", "overlay"))
     labels = [np.unique(mask_of(f"predictions/{stem}_mask.png")).tolist() for stem in stems]
-    assert labels == [[1], [0], [0], [0], [2], [2]]
+    assert labels == [[1], [0], [0], [2], [2]]
     assert "two/same.png -> SAME-3_mask.png: blue 100.0%" in capsys.readouterr().out
 
 

@@ -295,6 +295,15 @@ def write_plain(root, change=lambda mask: mask, classes=LIST, ends=("", ".png"),
     return root
 
 
+def test_numbers_that_are_no_names_pair_nothing(tmp_path, capsys):
+    """Label Studio counts its tasks, whatever the images are called."""
+    for number, name in enumerate(NAMES):
+        put(tmp_path / f"in/images/street-{number + 1}.jpg", PICTURES[name][0])
+        put(tmp_path / f"in/masks/task-{len(NAMES) - number}-label-disc-0.png", PICTURES[name][1])
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new")]) == 2
+    assert "in: " in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 BINARY = {  # as ISIC, Carvana, Kvasir and DRIVE have them
     "isic": {"change": lambda m: (m == 1) * np.uint8(255), "ends": ("_segmentation", ".png")},
     "carvana": {"change": lambda m: Image.fromarray(m == 1), "ends": ("_mask", ".gif")},
@@ -352,6 +361,9 @@ def test_white(tmp_path, capsys):
     for flags in ("--white=-1", "--white=inf", "--white=0", "--size=0"):
         with pytest.raises(SystemExit):
             prepare.main([str(tmp_path / "in"), str(tmp_path / "none"), flags])
+    with pytest.raises(SystemExit) as ended:
+        prepare.main([str(tmp_path / "in"), "--white=4080"])
+    assert ended.value.code == 2 and "write a folder: give NEW as well" in capsys.readouterr().err
     assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new"), "--white", "4080"]) == 0
     for name, (image, _, _) in PICTURES.items():
         made = data.load_image(tmp_path / f"new/{name}.png").convert("L")

@@ -48,7 +48,10 @@ def test_a_run_leaves_what_it_should(tmp_path, voc, model):
     flags = ("--augment", "--cosine", "--class-weights", "--size", 32, "--batch-size", 2)
     settings = ("--model", model, "--data", voc, "--epochs", 2, "--out", "run", *flags)
     printed = check(run_script("train.py", *settings, cwd=tmp_path))
-    assert f"{voc.resolve()}: 5 images to train on, 3 to validate on, 21 classes" in printed
+    assert (
+        f"{voc.resolve()}: 5 images to train on, 3 to validate on, 0 of them on both lists, 21 classes"
+        in printed
+    )
     assert "best: epoch" in printed and "evaluate.py run/best.pt\n" in printed
     rows = read_rows("run/log.csv")
     assert list(rows[0]) == COLUMNS.split() and [row["epoch"] for row in rows] == [1, 2]
@@ -176,6 +179,11 @@ def test_patience_counts_epochs_without_a_better_score(voc, monkeypatch, capsys)
     # The first is the best, since the others are equal.
     assert [row["epoch"] for row in read_rows("run/log.csv")] == [1, 2, 3, 4]
     assert "stopped: no better validation mIoU for 3 epochs" in capsys.readouterr().out
+    call(train, "--resume", "run")  # as a job that is put into the queue again
+    assert "stopped: no better validation mIoU for 3 epochs" in capsys.readouterr().out
+    assert len(read_rows("run/log.csv")) == 4
+    call(train, "--resume", "run", "--patience", 5)
+    assert len(read_rows("run/log.csv")) == 6
 
 
 def test_a_log_that_excel_holds_open_is_written_at_the_next_validation(voc, monkeypatch, capsys):
@@ -253,16 +261,25 @@ def test_one_command_starts_a_run_and_goes_on_with_it(voc, capsys):
     assert [row["epoch"] for row in read_rows("run/log.csv")] == [1, 2]
     quick_train("--data", voc, "--resume", epochs=2)
     assert "this run is finished; to go on with it, raise --steps" in capsys.readouterr().out
-    # Nor does a folder of a run that was ended before it was validated stop it.
+    # Nor does a folder of a run that was ended before it was validated stop it. It may be
+    # another's, which still trains: one that fails leaves it there.
     Path("killed").mkdir()
     Path("killed/settings.json").touch()
-    Path("copied").mkdir()
-    Path("copied/best.pt").touch()
-    for name in ("killed", "copied"):
-        with pytest.raises(utils.UserError, match=f"{name}: holds a run; add --resume, or"):
-            quick_train("--data", voc, name=name, epochs=1)
-        quick_train("--data", voc, "--resume", name=name, epochs=1)
-        assert len(read_rows(f"{name}/log.csv")) == 1
+    with pytest.raises(utils.UserError, match="killed: holds a run; add --resume, or"):
+        quick_train("--data", voc, name="killed", epochs=1)
+    with pytest.raises(data.DataError, match="has no nowhere.txt"):
+        quick_train("--data", voc, "--resume", "--val-split", "nowhere", name="killed", epochs=1)
+    assert os.listdir("killed") == ["settings.json"]
+    quick_train("--data", voc, "--resume", name="killed", epochs=1)
+    assert len(read_rows("killed/log.csv")) == 1
+    # A network without its last.pt, or a file of another kind, is not written over.
+    for file in ("best.pt", "log.csv", "curves.png"):
+        Path(file[:4]).mkdir()
+        Path(file[:4], file).write_text("mine")
+        for flags in ((), ("--resume",)):
+            with pytest.raises(utils.UserError, match=f"{file[:4]}: holds a run; add --resume, or"):
+                quick_train("--data", voc, *flags, name=file[:4], epochs=1)
+        assert [path.read_text() for path in Path(file[:4]).iterdir()] == ["mine"]
     with pytest.raises(utils.UserError, match="run/last.pt: was trained with another --out"):
         call(train, "--resume", "run", "--out", "other")
 
@@ -624,9 +641,9 @@ def test_a_cuda_graph_learns_what_the_model_itself_learns(voc, monkeypatch, prec
 
 
 class OwnPretrained(Plain):
-    """A network that brings a part of its weights along, unless told not to, and says which."""
+    """A network that brings a part of its weights along where it is told to, and says which."""
 
-    def __init__(self, num_classes, pretrained=True):
+    def __init__(self, num_classes, pretrained=False):
         super().__init__(num_classes)
         self.last = torch.nn.Conv2d(num_classes, num_classes, 1)
         torch.nn.init.constant_(self.last.weight, 0.125)
@@ -639,14 +656,13 @@ class OwnPretrained(Plain):
 
 
 def test_a_part_that_came_pretrained_is_not_initialised_again(voc, monkeypatch, capsys):
-    monkeypatch.setitem(models.MODELS, "own", OwnPretrained)
+    monkeypatch.setitem(models.MODELS, "resnet34_own", OwnPretrained)
     uniform = ("--no-pretrained", "--init", "xavier_uniform")
     for name, flags in (("with", ()), ("without", uniform)):
-        quick_train("--data", voc, "--lr", 0, *flags, name=name, epochs=1, model="own")
+        quick_train("--data", voc, "--lr", 0, *flags, name=name, epochs=1, model="resnet34_own")
         state = state_of(f"{name}/last.pt")["state_dict"]
         assert (state["conv.weight"] == 0.125).all() == (name == "with")
         assert not (state["last.weight"] == 0.125).any()
-        assert state_of(f"{name}/best.pt")["options"] == {"pretrained": False}
     printed = capsys.readouterr().out
     assert "--init kaiming: last; pretrained: conv\n" in printed
     assert "--init xavier_uniform: conv, last; pretrained: nothing\n" in printed
@@ -657,8 +673,10 @@ def test_a_part_that_came_pretrained_is_not_initialised_again(voc, monkeypatch, 
 def test_of_runs_that_start_at_once_none_shares_a_folder():
     args = train.make_parser().parse_args(["--model", "small"])
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(train.claim_folder, [args] * 24))
-    assert len(set(folders)) == 24 and {f.name for f in folders} > {"small", "small-24"}
+        claimed = list(pool.map(train.claim_folder, [args] * 24))
+    folders = {folder for folder, _ in claimed}
+    assert all(new for _, new in claimed)
+    assert len(folders) == 24 and {f.name for f in folders} > {"small", "small-24"}
     args.out = Path("named")
 
     def claim(_):

@@ -173,9 +173,6 @@ def match(folder, images, masks):
     places = {path: describe(folder, path)[1] for path in (*images, *masks)}
     stems = Counter(path.stem for path in masks)
 
-    def number(path):  # the first
-        return "".join(re.findall(r"\d+", path.stem)[:1])
-
     def nothing(path):  # so that folders alone tell
         return ""
 
@@ -187,8 +184,8 @@ def match(folder, images, masks):
         return len(masks) == 1 or (way is core and len(alike) == 1)
 
     best, stem = {}, lambda path: normal(path.stem)
-    ways = [(way, True) for way in (stem, core, number, nothing)]
-    for way, same_place in [*ways, (stem, False), (core, False), (number, False)]:
+    ways = [(way, True) for way in (stem, core, nothing)]
+    for way, same_place in [*ways, (stem, False), (core, False)]:
         keys, pairs = {}, {}
         for path in (*images, *masks):
             key = places[path] if same_place else (), way(path)

@@ -348,8 +348,6 @@ def run(args):
     """Look a folder over, or convert it and look the result over; return the exit status."""
     if not Path(args.source).is_dir():
         raise DataError(args.source, "is no folder", "give the folder of an export")
-    if not args.new and (args.void is not None or args.white):
-        raise DataError(args.source, "--void and --white write a folder", "give NEW as well")
     root, new = data.find_root(args.source), args.new and Path(args.new).absolute()
     if new and (new.exists() or root in new.resolve().parents):
         what = "is there already" if new.exists() else "lies within SOURCE"
@@ -383,6 +381,8 @@ def main(argv=None):
     parser.add_argument("--white", type=white, metavar="VALUE", help="becomes 255 in 8-bit images")
     parser.add_argument("--size", type=size, default=96, help="for what vanishes; default: 96")
     args = parser.parse_args(argv)
+    if not args.new and (args.void is not None or args.white):
+        parser.error("--void and --white write a folder: give NEW as well")
     try:
         return run(args)
     except DataError as error:
