@@ -458,10 +458,12 @@ def test_a_list_without_masks_does_no_harm_to_training(tmp_path, capsys):
     put(root / "test.txt", "secret\n")
     put(root / "._train.txt", "of macOS")
     (root / "notes.txt").write_bytes(b"gr\xfcn, in no UTF-8")
+    (root / "images/a b.jpg").write_bytes(b"broken")
     assert prepare.main([str(root)]) == 0
     said = capsys.readouterr().out
     assert "test.txt: 'secret' is no image's name" in said and "._train" not in said
     assert "notes cannot be scored: " in said
+    assert f"in no list: {root}/images/a b.jpg: cannot identify image" in said
 
 
 def test_frames_and_what_vanishes(tmp_path, capsys):

@@ -254,6 +254,17 @@ def open_plain(root):
         return None
 
 
+def look_at(image, mask, num_classes, size, decode):
+    """Return (pixels by value, the mask at `size`, is EXIF's turn unclear, has it several frames)."""
+    path, (_, shape, turn, frames) = mask, open_image(image, decode=decode)
+    mask = data.load_mask(path, num_classes)
+    if mask.size != shape:
+        what = f"is {mask.size}, but its image, turned upright, {shape}"
+        raise DataError(path, what, f"export it again, or {data.PREPARE}")
+    unclear = turn in (2, 3, 4) or (turn in TURNS and shape[0] == shape[1])
+    return np.array(mask.histogram()), data.to_tensor(mask, size), unclear, frames > 1
+
+
 def look_over(root, size, decode):
     """Print what is in a folder that train.py reads; return what it refuses, a line each."""
     classes, images, masks = open_plain(root)
@@ -274,18 +285,16 @@ def look_over(root, size, decode):
                     listed = data.read_lines(lists[split])
                     splits[split] = [name for name in listed if name in images and name in masks]
 
-    def look(name):
-        _, shape, turn, frames = open_image(images[name], decode=decode)
-        mask = data.load_mask(masks[name], len(classes))
-        if mask.size != shape:
-            what = f"is {mask.size}, but its image, turned upright, {shape}"
-            raise DataError(masks[name], what, f"export it again, or {data.PREPARE}")
-        unclear = turn in (2, 3, 4) or (turn in TURNS and shape[0] == shape[1])
-        return np.array(mask.histogram()), data.to_tensor(mask, size), unclear, frames > 1
-
-    results = dict(zip(names, each(look, names, "looking over")))
-    errors += [str(result) for result in results.values() if isinstance(result, DataError)]
-    results = {name: r for name, r in results.items() if not isinstance(r, DataError)}
+    pairs = [(images[name], masks[name]) for name in names]
+    looks = each(lambda pair: look_at(*pair, len(classes), size, decode), pairs, "looking over")
+    wrong = {name: look for name, look in zip(names, looks) if isinstance(look, DataError)}
+    results = {name: look for name, look in zip(names, looks) if name not in wrong}
+    listed = set().union(*splits.values())
+    for name, error in wrong.items():
+        if name in listed:
+            errors.append(str(error))
+        else:  # train.py opens it for the split `all` alone
+            print(f"in no list: {error}")
     print_classes(classes, results.values(), size)
     for split, listed in splits.items():
         print(f"{split}: {len(listed)} images")
