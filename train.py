@@ -47,6 +47,7 @@ NO_FLOAT16 = (
     "CMP 30HX",
 )  # fmt: skip
 
+# What a run writes into its folder.
 FILES = ("best.pt", "last.pt", "log.csv", "settings.json", "curves.png", "samples.png")
 
 # ----------------------------------------------------------------------------- settings
@@ -408,6 +409,7 @@ def fit(run):
         print("this run is finished; to go on with it, raise --steps or --epochs")
     losses, started = [], time.perf_counter()
     for epoch in range(first, run.epochs + 1):
+        # Before the epoch, so that a run that has stopped does so again when it is resumed.
         if run.args.patience and run.history:
             since_best = run.history[-1]["epoch"] - utils.best_row(run.history)["epoch"]
             if since_best >= run.args.patience:
@@ -477,7 +479,7 @@ def claim_folder(args):
             if not there:  # mode x fails if the file is there by now: another run was faster
                 open(folder / "settings.json", "x").close()
                 return folder, True
-    raise utils.UserError(f"{args.out}: holds a run; add --resume, or choose another --out")
+    raise utils.UserError(f"{args.out}: holds a run; add --resume, or (no last.pt) another --out")
 
 
 def write_settings(run, argv):

@@ -289,9 +289,9 @@ def look_over(root, size, decode):
     looks = each(lambda pair: look_at(*pair, len(classes), size, decode), pairs, "looking over")
     wrong = {name: look for name, look in zip(names, looks) if isinstance(look, DataError)}
     results = {name: look for name, look in zip(names, looks) if name not in wrong}
-    listed = set().union(*splits.values())
+    in_a_list = set().union(*splits.values())
     for name, error in wrong.items():
-        if name in listed:
+        if name in in_a_list:
             errors.append(str(error))
         else:  # train.py opens it for the split `all` alone
             print(f"in no list: {error}")
