@@ -315,7 +315,7 @@ def split_names(root, split, images, masks):
         names = share_out([name for name in paired if name not in test])[split]
         say(f"{root}: no train.txt and val.txt: {split} is {len(names)} images, by their names")
     else:
-        remedy = f"write it, a name a line, or take {', '.join(['all', *sorted(lists)])[:99]}"
+        remedy = f"write it, a name a line, or take {', '.join([*sorted(lists)[:9], 'all'])}"
         raise DataError(root, f"has no {split}.txt", remedy)
     unpaired = [name for name in names if name not in images or name not in masks]
     if unpaired or not names:
