@@ -559,11 +559,11 @@ def check_labels(dataset, where, learns=True):
     background = dataset.classes[0]
     if background.lower().strip("_ ") in ("void", "unlabeled", "unlabelled", "ignore"):
         said = f"{where}: class 0 is called {background}, but is learned and counts in scores"
-        say(f"{said}; {PREPARE} --void 0 has it left out")
+        say(f"{said}; {PREPARE} --void {background} has it left out")
     pixels = class_counts(dataset).sum(0)
     has_void = pixels.sum() < dataset.masks.numel()
     if not pixels[1:].any() and (learns or has_void):
-        what = f"the masks have nothing but {background} (0), or void ({VOID})"
+        what = f"at this --size, masks have nothing but {background} (0), or void ({VOID})"
         raise DataError(where, what, f"an object of {VOID} should be 1; {PREPARE} mends that")
 
 

@@ -311,10 +311,10 @@ def with_masks(*masks, background="background"):
 def test_labels_that_nothing_can_be_learned_from_are_refused():
     for learns in (True, False):
         with pytest.raises(
-            data.DataError, match=r"^own: the masks have nothing but .* void \(255\)"
+            data.DataError, match=r"^own: at this --size, masks have nothing but .* void \(255\)"
         ):
             data.check_labels(with_masks([255] * 4, [255] * 4), "own", learns)
-        said = f"own: the masks have nothing but background .*; .* 255 should be 1; {PREPARE}"
+        said = f"own: at this --size, masks have nothing but background .*; .* 255 should be 1; {PREPARE}"
         with pytest.raises(data.DataError, match=said):
             data.check_labels(with_masks([0, 255, 0, 255], [0] * 4), "own", learns)
         data.check_labels(with_masks([0, 1, 255, 255], [0] * 4), "own", learns)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import sys
 import unicodedata
 import zlib
@@ -338,11 +339,89 @@ def test_void_is_no_soft_edge(tmp_path, capsys):
 def test_void(tmp_path, capsys):
     root = write_plain(tmp_path / "in", classes="void\ndisc\nbox")
     assert prepare.main([str(root)]) == 0
-    assert "--void 0" in capsys.readouterr().out
-    assert prepare.main([str(root), str(tmp_path / "new"), "--void", "0"]) == 0
-    assert data.read_classes(tmp_path / "new") == ["disc", "box"]
+    assert "--void void has it left out" in capsys.readouterr().out
+    for void in ("void", "0"):
+        new = tmp_path / f"new{void}"
+        assert prepare.main([str(root), str(new), "--void", void]) == 0
+        assert data.read_classes(new) == ["disc", "box"]
+        mask = np.asarray(Image.open(new / "masks/c.png"))
+        assert (mask == np.array([255, 0, 1])[PICTURES["c"][1]]).all()
+    assert prepare.main([str(root), str(tmp_path / "none"), "--void", "other"]) == 2
+    assert "has no class other, but void, disc, box" in capsys.readouterr().err
+
+
+VOIDS = {  # lists where a class has another number than its value in masks, or than its line
+    "labelmap.txt": (
+        "x:200,200,200::\nvoid:250,0,90::\nbackground:0,0,0::\nbox:10,200,0::",
+        COLORS,
+    ),
+    "class_dict.csv": (
+        "name,r,g,b\nx,200,1,1\nvoid,250,0,90\nbackground,0,0,0\nbox,10,200,0",
+        COLORS,
+    ),
+    "classes.txt": ("0 background\n7 x\n10 void\n20 box", np.uint8([0, 10, 20])),
+}
+
+
+@pytest.mark.parametrize("name", VOIDS)
+def test_void_as_the_hint_says(name, tmp_path, capsys):
+    text, values = VOIDS[name]
+    root = write_plain(tmp_path / "in", lambda mask: values[mask], "")
+    put(root / name, text)
+    assert prepare.main([str(root), str(tmp_path / "first")]) == 0
+    assert "class 2 is called void: with NEW, --void void leaves" in capsys.readouterr().out
+    assert prepare.main([str(root), str(tmp_path / "new"), "--void", "void"]) == 0
+    assert data.read_classes(tmp_path / "new") == ["background", "x", "box"]
     mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
-    assert (mask == np.array([255, 0, 1])[PICTURES["c"][1]]).all()
+    assert (mask == np.array([0, 255, 2])[PICTURES["c"][1]]).all()
+
+
+def paletted(mask, colors):
+    image = Image.fromarray(mask)
+    image.putpalette(np.array(colors, np.uint8).tobytes())
+    return image
+
+
+def test_palettes_that_contradict_the_values(tmp_path, capsys):
+    """Training goes by values; where the colours are right, NEW is, and train.py takes that."""
+    white, black, red, blue = (255, 255, 255), (0, 0, 0), (250, 0, 90), (10, 200, 0)
+    truth = PICTURES["c"][1]
+
+    def check(name, mask, line, ok=True):
+        put(root / "masks/c.png", mask)
+        for args in ([], [tmp_path / name]):
+            assert prepare.main([str(root), *map(str, args)]) == 0
+            printed = capsys.readouterr().out
+            assert (line in printed) == (not args or not ok), printed
+            assert "training goes by values" in printed or args
+
+    root = write_plain(tmp_path / "in", lambda mask: paletted(mask, [black, red, blue]))
+    assert prepare.main([str(root)]) == 0
+    assert "training goes by values" not in capsys.readouterr().out
+    changed = paletted(np.uint8([0, 2, 1])[truth], [black, blue, red])
+    check("blind", changed, "has it in (250, 0, 90)", ok=False)  # nothing says what colours are
+    put(root / "class_dict.csv", "name,r,g,b\nbackground,0,0,0\ndisc,250,0,90\nbox,10,200,0")
+    check("seen", changed, "(10, 200, 0), which is box's in the list of colours")
+    assert (np.asarray(Image.open(tmp_path / "seen/masks/c.png")) == truth).all()
+
+    root = write_plain(
+        tmp_path / "two", lambda m: paletted(np.uint8(m == 0), [white, black]), LIST[:16]
+    )
+    check(
+        "inverted",
+        paletted(np.uint8(truth == 0), [white, black]),
+        "(255, 255, 255), and 1 in black",
+    )
+    assert (np.asarray(Image.open(tmp_path / "inverted/masks/c.png")) == (truth > 0)).all()
+
+
+def test_the_new_folder_has_copies(tmp_path):
+    root = write_plain(tmp_path / "in")
+    before = (root / "images/c.jpg").read_bytes()
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0
+    with (tmp_path / "new/images/c.jpg").open("r+b") as file:
+        file.write(b"changed in place")
+    assert (root / "images/c.jpg").read_bytes() == before
 
 
 def test_void_where_nothing_is_outlined(tmp_path):
@@ -534,6 +613,24 @@ def test_refusals(tmp_path, capsys):
     refused(cut.parent.parent, capsys, "c.jpg", "truncated")
 
 
+def test_refusals_of_what_would_be_learned_wrong(tmp_path, capsys):
+    apart = write_plain(tmp_path / "1/in", ends=("", "_mask.png"))
+    for name, (_, mask, _) in PICTURES.items():  # a folder for each class
+        (apart / f"masks/{name}_mask.png").unlink()
+        put(apart / f"masks/disc/{name}.png", (mask == 1) * np.uint8(255))
+        put(apart / f"masks/box/{name}.png", (mask == 2) * np.uint8(255))
+    refused(apart, capsys, "is a mask of the same image", "a value for each class")
+    bgr = write_plain(tmp_path / "2/in", lambda mask: COLORS[mask], "")
+    put(bgr / "class_dict.csv", "name,b,g,r\nbackground,0,0,0\ndisc,90,0,250\nbox,0,200,10")
+    refused(bgr, capsys, "class_dict.csv", "name,b,g,r")
+    binary = write_plain(tmp_path / "3/in", lambda mask: (mask > 0) * np.uint8(255))
+    refused(binary, capsys, "masks have 0 and 255 alone, but classes.txt has 3 classes")
+    phone = write_plain(tmp_path / "4/in")
+    for path in (phone / "images").iterdir():
+        path.rename(path.with_suffix(".HEIC"))
+    refused(phone, capsys, "save the .heic photos as JPEG")
+
+
 def test_new_must_be_new_and_elsewhere(tmp_path, capsys):
     root = write_plain(tmp_path / "in")
     for new in (root, root / "new", tmp_path):
@@ -548,7 +645,7 @@ def test_nothing_is_left_by_an_interruption(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "link", interrupt)
+    monkeypatch.setattr(shutil, "copyfile", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare.main([str(root), str(tmp_path / "new")])
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -223,6 +223,7 @@ def find_pairs(folder, export):
     images, groups = divide(folder)
     if not images:
         how = "export it with its images (in CVAT: Save images), or put them into images/"
+        how = "save the .heic photos as JPEG" if folder.named(r".*\.hei[cf]") else how
         raise DataError(folder.root, "has masks, but no images", how)
     listed = [pair for found in read_lists(folder, images).values() for pair in found]
     pairs = {image: [mask] for image, mask in listed if mask}
@@ -243,6 +244,12 @@ def find_pairs(folder, export):
     bare = sorted(set(images) - pairs.keys())
     lone = sorted(set().union(*groups.values()) - {*chain(*pairs.values())})
     several = [image for image, masks in pairs.items() if len(masks) > 1]
+    for first, *others in pairs.values():
+        for other in others:
+            if other.parent != first.parent:  # a folder for each class, or for each annotator
+                what = f"{other.relative_to(folder.root)} is a mask of the same image"
+                how = "make one mask of both, with a value for each class, or delete one"
+                raise DataError(first, what, how)
     if several:
         print(f"{len(several)} images, such as {several[0].name}, have several masks: one mask now")
     if bare:
@@ -323,6 +330,8 @@ def parse_classes(path):
         found = [re.fullmatch(kind, line) for line in lines]
         found = found[1:] if found and not found[0] else found  # a header
         if found and all(found):
+            if re.search(r"\bb(lue)?\b.*\br(ed)?\b", lines[0], re.IGNORECASE):
+                raise DataError(path, f"has its colours as {lines[0]}", "write red, green, blue")
             table = {}
             for index, row in enumerate(found):
                 by_value = "value" in row.groupdict()
@@ -358,7 +367,7 @@ def read_classes(folder):
         names.remove("__ignore__")
         if not named_like(names[0]):
             what = "has __ignore__, but no _background_, so what 0 means is unclear"
-            raise DataError(path, what, "delete the line; or call it void, and give --void 0")
+            raise DataError(path, what, "delete the line; or call it void, and give --void void")
     if table:  # lines of colours may have any order, and count as values too
         rows = dict(enumerate(names)) if isinstance(next(iter(table)), tuple) else {}
         rows |= {key: names[i] for key, i in table.items()}
@@ -429,6 +438,9 @@ def understand(folder, export, found, paths):
         if blurred:
             what, how = "is a JPEG, which blurs a mask's colours", "export the masks as PNG"
         raise DataError(blurred[0] if blurred else folder.root, what, how)
+    elif not table and len(names) > 2 and grays == {0, VOID}:
+        what = f"masks have 0 and 255 alone, but {export.where} has {len(names)} classes"
+        raise DataError(folder.root, what, "leave background and one other class there")
     elif not table and two and grays <= {0, VOID}:
         print("masks have 0 and 255 alone: 255 is taken for class 1, not for void")
         table |= {0: 0, VOID: 1}

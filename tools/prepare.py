@@ -2,11 +2,11 @@
 
     python tools/prepare.py SOURCE                     what training refuses, what one should know
     python tools/prepare.py SOURCE NEW                 a plain folder, for train.py --data NEW
-    python tools/prepare.py SOURCE NEW --void 0        the masks' value 0 is no class, but void
+    python tools/prepare.py SOURCE NEW --void other    the class other is no class, but void
     python tools/prepare.py SCANS NEW --white 4095     images of more than 8 bits, or these alone
 
-NEW gets images/ (linked, else copied), masks/ (palette PNGs of classes, 255 for void), classes.txt
-and the export's own split as lists; SOURCE is left as it is. What is chosen is printed: look at it,
+NEW gets images/ (copies), masks/ (palette PNGs of classes, 255 for void), classes.txt and the
+export's own split as lists; SOURCE is left as it is. What is chosen is printed: look at it,
 mend SOURCE, delete NEW, run it again. The exit status is 0 where train.py takes the folder, 1 where
 it does not, 2 where nothing could be done.
 
@@ -38,6 +38,7 @@ from formats import (
     draw,
     find_pairs,
     named_like,
+    read_classes,
     read_values,
     settle,
     understand,
@@ -48,6 +49,7 @@ import utils
 from data import VOID, DataError
 
 PALETTE = np.array(data.color_map(256), np.uint8).tobytes()  # of the masks that are written
+WHITE = (255, 255, 255)
 RGB_WEIGHTS = np.array([65536, 256, 1], np.int32)  # make one number of a colour
 HINTS = {  # what to do about files that prepare.py does not read
     "json": "export it as COCO's or labelme's JSON, or as masks",
@@ -85,24 +87,38 @@ def open_export(folder, void):
     paths = [mask for mask in masks if isinstance(mask, Path)]
     if paths:
         counts = each(lambda path: read_values(path, export.table)[1], paths, "reading")
-        counts = [found for found in counts if not isinstance(found, DataError)]
-        understand(folder, export, sum(counts, Counter()), paths)
+        counts = {path: found for path, found in zip(paths, counts) if isinstance(found, Counter)}
+        understand(folder, export, sum(counts.values(), Counter()), paths)
+        palettes = {path: palette_colors(path, found) for path, found in counts.items()}
+        print_palettes(folder.root, export.names, palettes)
         export.table.setdefault("_background_", 0)  # of images that have no mask
     else:
         export.table = {i: i for i in range(len(export.names))}  # for --void
         export.table |= {name: i for i, name in enumerate(export.names)}
         export.table |= {"__ignore__": VOID, "_background_": 0}
-    if void is not None:  # classes after it move up
-        label, export.table[void] = export.table.get(void, VOID), VOID
-        gone = "no class" if label == VOID else export.names.pop(label)
-        for key, old in export.table.items() if label != VOID else ():
-            export.table[key] = VOID if old in (label, VOID) else old - (old > label)
-        print(f"the value {void} ({gone}) is void; classes from 0: {', '.join(export.names[:5])}")
+    if void is not None:
+        make_void(folder, export, void)
     names = export.names
     if not 2 <= len({*names}) == len(names) <= VOID:  # as `data.read_classes` will say, but early
         what = f"has {len(names)} classes by {export.where} ({', '.join(names[:3])} ...)"
         raise DataError(folder.root, what, f"2 to {VOID} different ones are needed")
     return export
+
+
+def make_void(folder, export, void):
+    """Make a class, by its name, or a value of the masks void; the classes after it move up."""
+    if void in export.names:
+        label = export.names.index(void)
+    elif void.isdecimal():
+        label = export.table.setdefault(int(void), VOID)
+        export.table[int(void)] = VOID
+    else:
+        what = f"has no class {void}, but {', '.join(export.names)}"
+        raise DataError(folder.root, what, "give --void one of these, or a value")
+    gone = "no class" if label == VOID else export.names.pop(label)
+    for key, old in export.table.items() if label != VOID else ():
+        export.table[key] = VOID if old in (label, VOID) else old - (old > label)
+    print(f"--void {void}: {gone} is void; classes from 0: {', '.join(export.names[:5])}")
 
 
 def each(function, items, what):
@@ -210,9 +226,9 @@ def take(item, export, white, out, link):
     target = images / f"{item.name}{item.image.suffix}"
     try:
         link(item.image.resolve(), target)
-    except FileExistsError:  # copying would write into a linked image of the source
+    except FileExistsError:  # copying would write through the link into SOURCE
         raise
-    except OSError:  # on another disk, or on one that has no links
+    except OSError:  # a system that allows no links
         shutil.copyfile(item.image, target)
     return turned
 
@@ -255,14 +271,16 @@ def open_plain(root):
 
 
 def look_at(image, mask, num_classes, size, decode):
-    """Return (pixels by value, the mask at `size`, is EXIF's turn unclear, has it several frames)."""
+    """Return (pixels by value, mask at `size`, is EXIF's turn unclear, frames > 1, palette)."""
     path, (_, shape, turn, frames) = mask, open_image(image, decode=decode)
     mask = data.load_mask(path, num_classes)
     if mask.size != shape:
         what = f"is {mask.size}, but its image, turned upright, {shape}"
         raise DataError(path, what, f"export it again, or {data.PREPARE}")
     unclear = turn in (2, 3, 4) or (turn in TURNS and shape[0] == shape[1])
-    return np.array(mask.histogram()), data.to_tensor(mask, size), unclear, frames > 1
+    counts = np.array(mask.histogram())
+    colors = palette_colors(path, np.flatnonzero(counts))
+    return counts, data.to_tensor(mask, size), unclear, frames > 1, colors
 
 
 def look_over(root, size, decode):
@@ -296,6 +314,7 @@ def look_over(root, size, decode):
         else:  # train.py opens it for the split `all` alone
             print(f"in no list: {error}")
     print_classes(classes, results.values(), size)
+    print_palettes(root, classes, {masks[name]: look[-1] for name, look in results.items()})
     for split, listed in splits.items():
         print(f"{split}: {len(listed)} images")
         dataset = data.SegmentationSet()
@@ -321,6 +340,44 @@ def look_over(root, size, decode):
     return errors
 
 
+def palette_colors(path, values):
+    """Return the colours of a palette mask's values, {value: (red, green, blue)}; {} without one."""
+    if path.suffix.lower() == ".npy":
+        return {}
+    with Image.open(path) as file:
+        palette = np.array(file.getpalette() or []).reshape(-1, 3).tolist()
+    return {i: tuple(color) for i, color in enumerate(palette) if i in values}
+
+
+def print_palettes(root, classes, colors):
+    """Print the first contradiction between the palettes of masks and the values, which count.
+
+    colors: {a mask's path: its `palette_colors`}. Some programs number the colours of each
+    picture anew, or begin with white.
+    """
+    listed = {}  # {colour: class}, where there is a list of colours
+    with contextlib.suppress(DataError):
+        export = read_classes(Folder(root))
+        listed = {key: export.names[i] for key, i in export.table.items() if i < len(export.names)}
+    first, how = {}, "where the colours are right,"
+    for path, palette in colors.items():
+        for value, color in sorted(palette.items()):
+            seen, other = first.setdefault(value, (color, path.name))
+            known = classes[value] if value < len(classes) else "no class"
+            what = f"{path.name} has the value {value} ({known}) in the colour {color}"
+            if listed.get(color, known) != known:
+                what += f", which is {listed[color]}'s in the list of colours"
+            elif color != seen and value != VOID:
+                what += f", but {other} has it in {seen}"
+                how += " write class_dict.csv (name,r,g,b) into SOURCE, and"
+            elif value == 0 and color == WHITE and {*palette.values()} == {WHITE, (0, 0, 0)}:
+                what += f", and {max(palette)} in black"
+            else:
+                continue
+            print(what, f"training goes by values; {how} make NEW, and train on that", sep="\n")
+            return
+
+
 def print_classes(classes, results, size):
     """Print each class's images and pixels, what vanishes at a size, and what is odd about 0."""
     full = np.array([counts for counts, *_ in results]).reshape(-1, 256)
@@ -337,7 +394,7 @@ def print_classes(classes, results, size):
         print(f"class 0 is {classes[0]}: if 0 means background, list background first")
     for label, name in enumerate(classes):
         if label and named_like(name, "void unlabeled unlabelled ignore"):
-            print(f"class {label} is called {name}: --void {label} leaves it out")
+            print(f"class {label} is called {name}: with NEW, --void {name} leaves it out")
 
 
 def are_frames(paths):
@@ -370,7 +427,7 @@ def run(args):
             new.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=new and new.parent) as place:
             out = Path(place, root.name)
-            convert(folder, export, args.white, out, os.link if new else os.symlink)
+            convert(folder, export, args.white, out, shutil.copyfile if new else os.symlink)
             out = out.rename(new) if new else out
             errors = look_over(out, args.size, decode=False) if export else []
         if not new:
@@ -386,7 +443,7 @@ def main(argv=None):
     white, size = utils.number(float, 1e-6, 1e9), utils.number(int, 1, 4096)
     parser.add_argument("source", metavar="SOURCE", help="a folder of data, or an export")
     parser.add_argument("new", metavar="NEW", nargs="?", help="a folder that does not exist yet")
-    parser.add_argument("--void", type=int, metavar="VALUE", help="a value of masks to make void")
+    parser.add_argument("--void", metavar="CLASS", help="a class, or a value of masks, made void")
     parser.add_argument("--white", type=white, metavar="VALUE", help="becomes 255 in 8-bit images")
     parser.add_argument("--size", type=size, default=96, help="for what vanishes; default: 96")
     args = parser.parse_args(argv)
