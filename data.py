@@ -14,8 +14,7 @@ What a labelling tool exports becomes such a folder by this:
 
     python tools/prepare.py EXPORT NEW
 
-The order of this file is the path of an image: data sets, files, batches, augmentation,
-weights.
+The order of this file: data sets, files, batches, augmentation, class weights, download.
 """
 
 import colorsys
@@ -50,7 +49,7 @@ VOC_CLASSES = (
     "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
     "train", "tvmonitor",
 )  # fmt: skip
-# ImageNet's, which pretrained encoders expect; from scratch any fixed numbers would do.
+# ImageNet's, which torchvision's encoders expect; from scratch any numbers would do.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -398,8 +397,8 @@ def to_tensor(image, size):
 def color_map(n):
     """Return VOC's colours of n classes: lists [red, green, blue], 0 to 255.
 
-    Bits 0, 3 and 6 of the index go to red, 1, 4 and 7 to green, 2 and 5 to blue, there as
-    the highest: class 1 is (128, 0, 0), class 2 (0, 128, 0), class 4 (0, 0, 128).
+    The index's bits 0, 3 and 6 become bits 7, 6 and 5 of red, 1, 4 and 7 those of green,
+    2 and 5 those of blue: class 1 is (128, 0, 0), 2 is (0, 128, 0), 4 is (0, 0, 128).
     """
     colors = [[0, 0, 0] for _ in range(n)]
     for index, color in enumerate(colors):
@@ -507,12 +506,12 @@ def random_matrices(n, mode, aspect, device):
         zoom = torch.exp2(uniform(math.log2(0.8), math.log2(2.6)))
         stretch = torch.exp2(uniform(-math.log2(1.2), math.log2(1.2)))
         shear = uniform(-0.1, 0.1)
-        # How far the window may move, of a width of 2: to the edge, and 1/8 past it.
+        # The picture is 2 wide, the part shown 2 / zoom. It may go 0.25 past the edge.
         reach = (1 - 1 / zoom).abs() + 0.25
         shift_x, shift_y = uniform(-1, 1) * reach, uniform(-1, 1) * reach
     elif mode != "flip":
         raise ValueError(f"no augmentation is called '{mode}'; choose from {', '.join(MODES)}")
-    # With x in units of the height, a point becomes  shift + 1 / zoom * R * S * M * point:
+    # With x in units of the height a point becomes  1 / zoom * R * S * M * point, shifted:
     #   M = [mirror_x * stretch  0; 0  mirror_y],  S = [1  shear; 0  1],
     #   R = [cos  -sin; sin  cos].
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
@@ -576,10 +575,10 @@ def class_weights(dataset, scheme):
         average.
     `median`: the median of all f, divided by f(c). f(c): the pixels of class c, divided
         by all pixels of the images that show c (Eigen and Fergus 2015, Predicting Depth,
-        Surface Normals and Semantic Labels, section 4.3.3).
+        Surface Normals and Semantic Labels, arXiv 1411.4734).
     `enet`: 1 / ln(1.02 + p(c)), from 1.4 to 50.5 (Paszke et al. 2016, ENet, section 5.2).
 
-    The first two would give a class that never occurs an infinite weight: it gets 1.
+    The first two have no number for a class that never occurs: it gets 1.
     """
     counts = class_counts(dataset).double()
     pixels = counts.sum(0)

@@ -10,8 +10,8 @@ out, which is the rule of the VOC challenge. One confusion matrix is summed over
 whole split.
 
 A checkpoint's scores and figures go to scores/ beside it, into a folder whose name has
-the split and the flags: the same evaluation writes over its own. Several checkpoints'
-go to comparison/, numbered.
+the split and the flags that change scores: the same evaluation writes over its own.
+Several checkpoints' go to comparison/, numbered.
 """
 
 import csv
@@ -28,8 +28,8 @@ import models
 import utils
 
 PAPER_SIZE = 224  # the side of the masks in the paper's protocol, whatever the network is fed
-# Settings that have a column of their own, or say where and how fast a run was made.
-NOT_COMPARED = {"model", "size", "device", "precision", "compile"}
+# Settings that have a column of their own, or say on what a run was made.
+NOT_COMPARED = {"model", "device", "precision", "compile"}
 
 
 def parse_args(argv=None):
@@ -214,8 +214,8 @@ def draw_examples(path, each, model, dataset, args, device, title):
     images, masks = dataset.images[shown], dataset.masks[shown]
     rows = {"truth": masks, "prediction": label(model, images, device, masks.shape[-2:], args.tta)}
     captions = [f"{dataset.names[i][-16:]}: {each[i]:.3f}" for i in shown]
-    which = "Images" if args.images else "Best, middle and worst images"
-    title = f"{which} by their own mIoU: {title}"
+    which = "Images with" if args.images else "Best, middle and worst images by"
+    title = f"{which} their own mIoU: {title}"
     utils.samples(path, images, rows, dataset.classes, title, captions)
 
 
@@ -264,7 +264,7 @@ def format_comparison(results):
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- | --- |",
     ]
     for (name, metrics), settings in zip(results.items(), every):
-        iou = {label: value for label, value in metrics["iou"].items() if value is not None}
+        iou = {c: value for c, value in metrics["iou"].items() if value is not None}
         best, worst = (f"{c} {iou[c]:.3f}" for c in (max(iou, key=iou.get), min(iou, key=iou.get)))
         idle = "steps" if settings.get("epochs") else ""  # --epochs counts instead of it
         given = [k for k in keys if k != idle and str(settings.get(k)) not in ("None", "False")]
@@ -309,9 +309,8 @@ def compare(paths, checkpoints, evaluations, args, device):
     if args.images:
         shown = [first.names.index(name) for name in args.images]
     images, rows, results = first.images[shown], {"truth": first.masks[shown]}, {}
-    # Of each checkpoint: itself, what `describe` says of it, its data set.
-    every = zip(names, paths, zip(checkpoints, evaluations, datasets))
-    for name, path, (checkpoint, about, dataset) in every:
+    every = zip(names, paths, checkpoints, evaluations, datasets)
+    for name, path, checkpoint, about, dataset in every:
         print(f"{path} ...", flush=True)
         scored = score_checkpoint(path, checkpoint, about, dataset, args, device)
         results[name], _, _, model = scored

@@ -36,7 +36,7 @@ def up(n_in, n_out):
 
 
 def fcn_decoder(num_classes):
-    """The baseline's five layers up and its 1x1 classifier; also Table 5."""
+    """The baseline's five layers up and its 1x1 classifier; behind ResNet34 Table 5."""
     return nn.Sequential(
         up(512, 512),
         up(512, 256),
@@ -52,7 +52,7 @@ class EncoderDecoder(nn.Module):
 
     Maps float images (N, 3, H, W) to logits (N, num_classes, H, W), H and W from 32 up.
     train.py gives new weights to all parts but `pretrained_parts`, which came with trained
-    ones. A network of your own may lack this.
+    ones. A network of your own needs no such attribute.
     """
 
     def __init__(self, encoder, decoder, pretrained=False):
@@ -248,7 +248,7 @@ class UNet(EncoderDecoder):
 
 
 class ResNet34Encoder(nn.Module):
-    """torchvision's ResNet34 without its classifier (He et al. 2015).
+    """torchvision's ResNet34 without its classifier (Deep Residual Learning, 2015).
 
     Gives the last feature map, 512 channels at 1/32 of the image; with `all_maps` a list
     of five: 64 channels at 1/2, 64 at 1/4, 128 at 1/8, 256 at 1/16, 512 at 1/32.
@@ -268,7 +268,7 @@ class ResNet34Encoder(nn.Module):
             remedy = f"bring {weights.url} and give that file by --encoder-weights"
             raise ModelError(f"{said}; {remedy}, or say --no-pretrained") from error
         self.all_maps = all_maps
-        # By torchvision's names, so that its files of weights load as they are.
+        # All layers with weights have torchvision's names, so that its files fit as they are.
         self.conv1, self.bn1, self.pool = resnet.conv1, resnet.bn1, resnet.maxpool
         self.layer1, self.layer2 = resnet.layer1, resnet.layer2
         self.layer3, self.layer4 = resnet.layer3, resnet.layer4

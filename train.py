@@ -7,9 +7,9 @@
     torchrun --nproc_per_node=8 train.py                     train on eight GPUs
 
 A run fills a folder, runs/MODEL/: best.pt (the epoch with the best validation mIoU),
-last.pt (all that resuming needs), log.csv, settings.json and, at the end, curves.png
-and samples.png. It is validated 100 to 200 times (a short one after each epoch); if it is
-interrupted, it goes on from the last of these.
+last.pt (what --resume needs), log.csv, settings.json and, at the end, curves.png and
+samples.png. It is validated 100 to 200 times (a short one after each epoch); --resume
+goes on from the last of these.
 
 The order of this file is that of a run: settings, data and network, the step,
 validation, the loop, files; at the end what makes it faster, and `main`. To learn how
@@ -41,7 +41,7 @@ import models
 import utils
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-# GPUs that make NaN of float16, though Turing as the T4 is (PyTorch's issue 77955).
+# GPUs of the T4's kind, Turing, but ones that make NaN of float16 (PyTorch's issue 77955).
 NO_FLOAT16 = (
     "GTX 16", "T400", "T500", "T550", "T600", "T1000", "T1200", "T2000", "MX450", "MX550",
     "CMP 30HX",
@@ -54,7 +54,7 @@ FILES = ("best.pt", "last.pt", "log.csv", "settings.json", "curves.png", "sample
 
 
 def make_parser():
-    """Return the parser of the command line. Each flag does what it says, and nothing else."""
+    """Return the parser of the command line."""
     parser = utils.make_parser(__doc__)
     count, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10)
     default, yes_or_no = "; default: %(default)s", argparse.BooleanOptionalAction
@@ -120,7 +120,7 @@ def read_settings(argv):
     path = utils.find_checkpoint(wanted, "last.pt")
     last = utils.load_checkpoint(path)
     stored = dict(last.get("args") or {})
-    # A copy by another name would overwrite what the run in its folder came to since.
+    # old.pt, a copy of an earlier last.pt, would overwrite the newer files beside it.
     whole = path.name == "last.pt" and path.with_name("best.pt").exists()
     if not whole or "steps" not in stored or "optimizer" not in last:
         raise utils.UserError(f"{path}: is no last.pt beside a best.pt; give the run's folder")
@@ -130,7 +130,7 @@ def read_settings(argv):
     args = parser.parse_args(argv)
     if any(str(word).startswith("--st") for word in argv or sys.argv):
         args.epochs = None  # --steps was typed (argparse takes --st, too): it counts now
-    free = {"data", "steps", "epochs", "patience", "batch_size", "device", "precision", "compile"}
+    free = {"data", "steps", "epochs", "patience", "device", "precision", "compile"}
     changed = [name for name in stored.keys() - free if getattr(args, name) != stored[name]]
     if changed:
         flag = "--" + changed[0].replace("_", "-")
@@ -165,7 +165,7 @@ class Run:
         # Process 0 loads, and downloads, first; the others wait for it, then load.
         if rank > 0:
             distributed.barrier()
-        self.train_set, self.val_set, self.weights = load_sets(args, device)
+        self.train_set, self.val_set, self.class_weights = load_sets(args, device)
         if rank == 0 and processes > 1:
             distributed.barrier()
         self.batch_size = min(args.batch_size, len(self.train_set.names))  # of all processes
@@ -185,7 +185,7 @@ class Run:
         options = {"weight_decay": args.weight_decay, "fused": fused}
         groups = parameter_groups(self.model, args.encoder_lr)
         self.optimizer = torch.optim.AdamW(groups, args.lr, **options)
-        # float16 rounds numbers below 6e-8 to 0. So the loss is multiplied by a large
+        # float16 rounds numbers below 3e-8 to 0. So the loss is multiplied by a large
         # factor before backward(), and the gradients are divided by it before the step.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
         self.history = []  # the rows of log.csv
@@ -194,7 +194,7 @@ class Run:
         # All images that its weights ever learned from, those of FILE included:
         # evaluate.py says when it scores on some of them.
         before = ((last or file).get("images") or {}).get("train", [])
-        self.images = {"train": sorted({*before, *self.train_set.names}), "val": self.val_set.names}
+        self.seen = {"train": sorted({*before, *self.train_set.names}), "val": self.val_set.names}
         # What a step calls: the model, or a faster form of it with the same weights.
         self.forward = fast_forward(self)
         # The networks' own tensors, not copies: they change with every step.
@@ -315,8 +315,8 @@ def train_one_epoch(run, epoch):
     batches = data.epoch_order(run.train_set, run.batch_size, args.seed, epoch)
     total = torch.zeros((), device=run.device)
     # Random numbers follow from --seed, epoch and process alone, so --resume has none to
-    # restore. Large primes: no two epochs or processes share a seed.
-    torch.manual_seed(1_000_003 * epoch + 7_919 * run.rank + args.seed)
+    # restore. Large primes: epochs, processes and `epoch_order` never share a seed.
+    torch.manual_seed(1_000_003 * epoch + 7_919 * (run.rank + 1) + args.seed)
     set_training_mode(run)
     for step, indices in enumerate(utils.progress(batches, f"epoch {epoch}/{run.epochs}")):
         # This process's part of the batch, which is all of it where there is one process.
@@ -326,7 +326,7 @@ def train_one_epoch(run, epoch):
             images, masks = data.augment(images, masks, args.augment, args.size)
         with autocast(run):
             logits = run.forward(data.normalize(images))
-        loss = criterion(logits, masks, run.weights)
+        loss = criterion(logits, masks, run.class_weights)
 
         # Set in every step from `done`, so --resume needs no scheduler's state. The second
         # group, where there is one, is the encoder's (parameter_groups).
@@ -383,7 +383,7 @@ def validate(run):
 
     The loss is the weighted mean over the split's labelled pixels, whatever the batch
     size (a term that is no mean over pixels, such as Dice, may depend on it). This is at
-    the training size: evaluate.py's scores, at the photos' own, differ.
+    the training size: evaluate.py scores at the photos' own, and smooths (`utils.segment`).
     """
     model, num_classes = run.average.eval(), len(run.val_set.classes)
     cm = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
@@ -396,8 +396,8 @@ def validate(run):
         # max, because argmax takes several times as long on CPUs.
         cm += utils.confusion_matrix(logits.max(1).indices, masks, num_classes)
         # A mean times its weight is a sum again; the sums are divided once, at the end.
-        weight = pixel_weight(masks, run.weights)
-        total += criterion(logits, masks, run.weights) * weight
+        weight = pixel_weight(masks, run.class_weights)
+        total += criterion(logits, masks, run.class_weights) * weight
         labelled += weight
     return (total / labelled.clamp(min=1e-9)).item(), cm
 
@@ -416,8 +416,8 @@ def fit(run):
                 print(f"stopped: no better validation mIoU for {since_best} epochs")
                 break
         losses.append(train_one_epoch(run, epoch))
-        # On to the validation after every (epochs // 100)-th epoch, and after the last.
-        if epoch % max(1, run.epochs // 100) and epoch < run.epochs:
+        # A long run is validated 100 to 200 times, a short one after each epoch.
+        if epoch % max(1, run.epochs // 100) != 0 and epoch < run.epochs:
             continue
         if run.rank == 0:  # the others wait for it in their next step, to average gradients
             loss, training_seconds = sum(losses) / len(losses), time.perf_counter() - started
@@ -428,7 +428,7 @@ def fit(run):
                 said = f"epoch {epoch}: loss {loss}, validation loss {val_loss}, or gradients"
                 remedy = "start anew with a smaller --lr, or --precision float32"
                 raise utils.UserError(f"{said} are not finite; {remedy}")
-            trained = len(losses) * run.epoch_steps * run.batch_size  # images
+            image_count = len(losses) * run.epoch_steps * run.batch_size
             row = {
                 "epoch": epoch,
                 "lr": learning_rate(run.args, epoch - 1, run.epochs),
@@ -436,7 +436,7 @@ def fit(run):
                 "val_loss": val_loss,
                 "val_mean_iou": utils.mean_iou(cm),
                 "val_pixel_accuracy": utils.pixel_accuracy(cm),
-                "images_per_second": trained / training_seconds,
+                "images_per_second": image_count / training_seconds,
                 "seconds": time.perf_counter() - started,
             }
             run.history.append(row)
@@ -505,7 +505,7 @@ def save(run):
         "palette": run.train_set.palette,
         "size": run.args.size,
         "data": run.args.data,
-        "images": run.images,
+        "images": run.seen,
         "args": without_place(run.args),
         "state_dict": run.average.state_dict(),
         "epoch": run.history[-1]["epoch"],
@@ -562,8 +562,8 @@ def finish(run):
 def fast_precision(device):
     """Return the numbers that a device multiplies fastest: bfloat16, float16 or float32.
 
-    bfloat16 has the range of float32, float16 has not. Intel's server processors have
-    bfloat16 since 2023 (AMX); what it brings is in docs/speed.md.
+    float16 lacks the range of float32, bfloat16 has it. Since 2023 Intel's processors for
+    servers multiply bfloat16 in a unit of its own (AMX; docs/speed.md).
     """
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)  # 7: V100, T4, RTX 20; 8: Ampere
@@ -656,7 +656,7 @@ def main(argv=None):
                 f"{len(run.val_set.names)} to validate on, {len(both)} of them on both lists, "
                 f"{len(run.val_set.classes)} classes\n"
                 f"{args.model}: {parameters:,} parameters on {processes} x {device} in {run.precision}\n"
-                f"run in {args.out}, saved at each validation",
+                f"run in {args.out}, saved at each validation: --resume goes on",
                 flush=True,
             )
             if rank == 0:

@@ -78,7 +78,7 @@ def pixel_accuracy(cm):
 
 
 def mean_accuracy(cm):
-    """Return the mean over the classes of TP / (TP + FN), a float; without those not in the truth."""
+    """Return the mean of TP / (TP + FN), a float, over the classes that the truth has."""
     cm = cm.cpu().double()
     return (cm.diag() / cm.sum(1)).nanmean().item()
 
@@ -109,9 +109,9 @@ def segment(model, images, size, tta=False):
     images: normalised, float (N, 3, H, W); size: (height, width) of what is returned,
     labels, uint8 (N, height, width), and probabilities, float, of that shape too.
 
-    Softmax, smooth, bring to `size`, argmax. `tta` (test-time augmentation) first takes
-    the mean with the mirrored image's softmax. `model` must be in eval mode. evaluate.py
-    and predict.py both label pixels by this function.
+    Softmax, or by `tta` (test-time augmentation) its mean with the mirrored image's; then
+    smooth, bring to `size`, argmax. `model` must be in eval mode. evaluate.py and
+    predict.py both label pixels by this function.
     """
     probabilities = model(images).float().softmax(1)
     if tta:
@@ -149,9 +149,9 @@ INITIALIZERS = {
 def initialize(model, scheme):
     """Set all weights of convolutions and linear layers by PyTorch's initialiser of that name.
 
-    `kaiming`: normal, deviation sqrt(2 / n_in) (He et al. 2015; the paper's eq. 3,
-    corrected). `xavier_uniform`: uniform within +- sqrt(6 / (n_in + n_out)) (Glorot and
-    Bengio 2010; eq. 1). `xavier_normal`: normal, deviation sqrt(2 / (n_in + n_out))
+    `kaiming`: normal, deviation sqrt(2 / n_in) (He et al. 2015, Delving Deep; the paper's
+    eq. 3, corrected). `xavier_uniform`: uniform within +- sqrt(6 / (n_in + n_out)) (Glorot
+    and Bengio 2010; eq. 1). `xavier_normal`: normal, deviation sqrt(2 / (n_in + n_out))
     (eq. 2). n_in and n_out are the connections that PyTorch counts (its fan_in and
     fan_out), of transposed convolutions the other way round. Biases become 0; batch
     norms stay as the network made them. Raises KeyError for another scheme.
@@ -202,7 +202,7 @@ def to_device(model, device):
 # learned from, and validated on), and to last.pt what resuming needs.
 KEYS = {
     "model": str,  # a name in models.MODELS
-    "options": dict,  # what its constructor was given
+    "options": dict,  # for its constructor; train.py writes {}
     "classes": list,
     "palette": list,
     "size": int,

@@ -230,21 +230,21 @@ def test_what_would_make_it_another_run_is_refused(voc):
     others = {"--model": "fcn", "--augment": "flip", "--class-weights": "enet", "--size": 64}
     others |= {"--init": "xavier_normal", "--encoder-weights": "x", "--lr": 0.5, "--ema": 0.5}
     others |= {"--weight-decay": 0.5, "--seed": 7, "--train-split": "x", "--val-split": "x"}
-    others |= {"--encoder-lr": 0.5}
+    others |= {"--encoder-lr": 0.5, "--batch-size": 5}
     for typed in [["--cosine"], ["--no-pretrained"], *map(list, others.items())]:
         flag = typed[0].replace("no-", "")
         with pytest.raises(utils.UserError, match=f"last.pt: was trained with another {flag};"):
             train.read_settings(["--resume", "run", *map(str, typed)])
     known = {action.option_strings[0] for action in train.make_parser()._actions}
-    free = "--data --steps --epochs --patience --batch-size --device --precision --compile"
+    free = "--data --steps --epochs --patience --device --precision --compile"
     assert known == {*free.split(), "--out", "--resume", "-h", "--cosine", "--pretrained", *others}
 
 
 def test_what_a_run_may_change_is_taken_and_the_rest_stays(voc):
     quick_train("--data", voc, "--lr", 0.01, epochs=1)
-    flags = "--data x --patience 3 --batch-size 5 --device mps --precision bfloat16 --compile"
+    flags = "--data x --patience 3 --device mps --precision bfloat16 --compile"
     args, last = train.read_settings(["--resume", "run", *flags.split(), "--steps", "60"])
-    changed = {"data": "x", "patience": 3, "batch_size": 5, "device": "mps", "compile": True}
+    changed = {"data": "x", "patience": 3, "device": "mps", "compile": True}
     changed |= {"precision": "bfloat16", "steps": 60, "epochs": None}
     assert changed.items() <= vars(args).items()
     assert (args.lr, args.size, args.model, args.out) == (0.01, 32, "small", Path("run"))
