@@ -347,7 +347,7 @@ def test_void(tmp_path, capsys):
         mask = np.asarray(Image.open(new / "masks/c.png"))
         assert (mask == np.array([255, 0, 1])[PICTURES["c"][1]]).all()
     assert prepare.main([str(root), str(tmp_path / "none"), "--void", "other"]) == 2
-    assert "has no class other, but void, disc, box" in capsys.readouterr().err
+    assert "other is not one class, of void, disc, box, and not one" in capsys.readouterr().err
 
 
 VOIDS = {  # lists where a class has another number than its value in masks, or than its line
@@ -374,45 +374,93 @@ def test_void_as_the_hint_says(name, tmp_path, capsys):
     assert data.read_classes(tmp_path / "new") == ["background", "x", "box"]
     mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
     assert (mask == np.array([0, 255, 2])[PICTURES["c"][1]]).all()
+    both = [str(tmp_path / "both"), "--void", "void", "--void", "x"]
+    assert prepare.main([str(root), *both]) == 0
+    assert data.read_classes(tmp_path / "both") == ["background", "box"]
+
+
+def test_void_that_is_a_name_and_another_value(tmp_path, capsys):
+    root = write_plain(tmp_path / "in", classes="background\n0\n1")
+    assert prepare.main([str(root), str(tmp_path / "new"), "--void", "1"]) == 2
+    assert "1 is not one class" in capsys.readouterr().err
+
+
+def test_images_without_a_mask_where_background_is_not_first(tmp_path, capsys):
+    for i, name in enumerate(NAMES):
+        put(tmp_path / f"in/JPEGImages/{name}.jpg", PICTURES[name][0])
+        if i:
+            put(tmp_path / f"in/SegmentationClass/{name}.png", COLORS[PICTURES[name][1]])
+    put(tmp_path / "in/labelmap.txt", "disc:250,0,90::\nbox:10,200,0::\nunlabeled:0,0,0::")
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new")]) == 0
+    assert (np.asarray(Image.open(tmp_path / f"new/masks/{NAMES[0]}.png")) == 2).all()
 
 
 def paletted(mask, colors):
-    image = Image.fromarray(mask)
+    image = Image.fromarray(np.asarray(mask, np.uint8))
     image.putpalette(np.array(colors, np.uint8).tobytes())
     return image
 
 
-def test_palettes_that_contradict_the_values(tmp_path, capsys):
-    """Training goes by values; where the colours are right, NEW is, and train.py takes that."""
-    white, black, red, blue = (255, 255, 255), (0, 0, 0), (250, 0, 90), (10, 200, 0)
-    truth = PICTURES["c"][1]
+WHITE = np.array([(0, 0, 0), *COLORS[1:], *[(0, 0, 0)] * 252, (255, 255, 255)], np.uint8)
+SWAPPED = WHITE[[0, 2, 1, *range(3, 256)]]  # in which 1 and 2 have exchanged their colours
+SWAP = np.array([0, 2, 1, *range(3, 256)])  # so that the pictures stay the same
+LISTED = "name,r,g,b\nbackground,0,0,0\nbox,10,200,0\ndisc,250,0,90\n"  # not in classes.txt's order
+PALETTES = {  # {name: (a mask file, list of colours, what is said of SOURCE)}
+    "right": (lambda m: paletted(m, WHITE), "", ""),
+    "right and listed": (lambda m: paletted(m, WHITE), LISTED, ""),
+    "void is listed": (lambda m: paletted(m, WHITE), LISTED + "void,255,255,255", ""),
+    "gray": (lambda m: m, LISTED, ""),
+    "swapped": (lambda m: paletted(SWAP[m], SWAPPED), LISTED, "(10, 200, 0), which is box's"),
+}
 
-    def check(name, mask, line, ok=True):
-        put(root / "masks/c.png", mask)
-        for args in ([], [tmp_path / name]):
-            assert prepare.main([str(root), *map(str, args)]) == 0
-            printed = capsys.readouterr().out
-            assert (line in printed) == (not args or not ok), printed
-            assert "training goes by values" in printed or args
 
-    root = write_plain(tmp_path / "in", lambda mask: paletted(mask, [black, red, blue]))
+@pytest.mark.parametrize("kind", PALETTES)
+def test_palettes_that_contradict_the_values(kind, tmp_path, capsys):
+    """Training goes by values. NEW goes by colours where a list has all of them, but void's."""
+    change, text, said = PALETTES[kind]
+
+    def with_void(mask):
+        return np.where(np.arange(W) < 2, 255, mask).astype(np.uint8)
+
+    root = write_plain(tmp_path / "in", lambda mask: change(with_void(mask)))
+    if text:
+        put(root / "class_dict.csv", text)
     assert prepare.main([str(root)]) == 0
-    assert "training goes by values" not in capsys.readouterr().out
-    changed = paletted(np.uint8([0, 2, 1])[truth], [black, blue, red])
-    check("blind", changed, "has it in (250, 0, 90)", ok=False)  # nothing says what colours are
-    put(root / "class_dict.csv", "name,r,g,b\nbackground,0,0,0\ndisc,250,0,90\nbox,10,200,0")
-    check("seen", changed, "(10, 200, 0), which is box's in the list of colours")
-    assert (np.asarray(Image.open(tmp_path / "seen/masks/c.png")) == truth).all()
+    printed = capsys.readouterr().out
+    assert said in printed and ("training goes by values" in printed) == bool(said), printed
+    void = ["--void", "void"] if "void" in text else []
+    assert prepare.main([str(root), str(tmp_path / "new"), *void]) == 0, capsys.readouterr()
+    assert "go by values" not in capsys.readouterr().out
+    found = data.read_classes(tmp_path / "new")  # a list with void is not in classes.txt's order
+    new = np.array([*map(found.index, CLASSES), *range(3, 256)])
+    for name in NAMES:
+        mask = np.asarray(Image.open(tmp_path / f"new/masks/{name}.png"))
+        assert (mask == new[with_void(PICTURES[name][1])]).all()
 
-    root = write_plain(
-        tmp_path / "two", lambda m: paletted(np.uint8(m == 0), [white, black]), LIST[:16]
-    )
-    check(
-        "inverted",
-        paletted(np.uint8(truth == 0), [white, black]),
-        "(255, 255, 255), and 1 in black",
-    )
-    assert (np.asarray(Image.open(tmp_path / "inverted/masks/c.png")) == (truth > 0)).all()
+
+def test_palettes_without_a_list_of_colours(tmp_path, capsys):
+    root = write_plain(tmp_path / "in", lambda mask: paletted(mask, WHITE))
+    put(root / "masks/c.png", paletted(SWAP[PICTURES["c"][1]], SWAPPED))
+    for new in ([], [str(tmp_path / "new")]):
+        assert prepare.main([str(root), *new]) == 0
+        printed = capsys.readouterr().out
+        assert "(10, 200, 0), but a b.png has it in (250, 0, 90)" in printed
+        assert "write class_dict.csv" in printed and "goes by values" in printed or new
+    other = write_plain(tmp_path / "other/in", lambda mask: paletted(SWAP[mask], SWAPPED))
+    put(other / "class_dict.csv", LISTED)
+    put(other / "masks/c.png", paletted([[3, 2, 1]], [*SWAPPED[:3], (9, 9, 9)]))
+    refused(other, capsys, "c.png", "which is box's", "add (9, 9, 9) to the list")
+
+
+@pytest.mark.parametrize("entries", [2, 256])
+def test_palettes_that_begin_with_white(entries, tmp_path, capsys):
+    palette = ([(255, 255, 255), (0, 0, 0)] * 128)[:entries]
+    root = write_plain(tmp_path / "in", lambda mask: paletted(mask == 0, palette), LIST[:16])
+    assert prepare.main([str(root)]) == 0
+    assert "the colour (255, 255, 255), and 1 in black" in capsys.readouterr().out
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0
+    mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
+    assert (mask == (PICTURES["c"][1] > 0)).all()
 
 
 def test_the_new_folder_has_copies(tmp_path):
@@ -426,7 +474,9 @@ def test_the_new_folder_has_copies(tmp_path):
 
 def test_void_where_nothing_is_outlined(tmp_path):
     labelme_apart(tmp_path / "in")
-    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new"), "--void", "0"]) == 0
+    args = [str(tmp_path / "in"), str(tmp_path / "new"), "--void"]
+    assert prepare.main([*args, "0"]) == 2  # outlines have no values
+    assert prepare.main([*args, "background"]) == 0
     assert data.read_classes(tmp_path / "new") == ["box", "disc"]
     (path,) = (tmp_path / "new/masks").glob("*c.png")
     assert (np.asarray(Image.open(path)) == np.array([255, 1, 0])[PICTURES["c"][1]]).mean() > 0.985
@@ -620,15 +670,36 @@ def test_refusals_of_what_would_be_learned_wrong(tmp_path, capsys):
         put(apart / f"masks/disc/{name}.png", (mask == 1) * np.uint8(255))
         put(apart / f"masks/box/{name}.png", (mask == 2) * np.uint8(255))
     refused(apart, capsys, "is a mask of the same image", "a value for each class")
-    bgr = write_plain(tmp_path / "2/in", lambda mask: COLORS[mask], "")
-    put(bgr / "class_dict.csv", "name,b,g,r\nbackground,0,0,0\ndisc,90,0,250\nbox,0,200,10")
-    refused(bgr, capsys, "class_dict.csv", "name,b,g,r")
+    colored = write_plain(tmp_path / "2/in", lambda mask: COLORS[mask], "")
+    for header in ("name,b,g,r", "# name,b,g,r", "name,blue_value,green_value,red_value"):
+        put(colored / "class_dict.csv", f"{header}\nx,0,0,0\ndisc,90,0,250\nbox,0,200,10")
+        refused(colored, capsys, "class_dict.csv", header)
+    put(colored / "class_dict.csv", "name,r,g,b\nx,0,0,0\nb g r,250,0,90\nvoid,0,0,0\nbox,10,200,0")
+    refused(colored, capsys, "class_dict.csv", "has (0, 0, 0) twice")
+    put(colored / "class_dict.csv", "name,r,g,b\n7,0,0,0\nb g r,250,0,90\n1,10,200,0")
+    assert prepare.main([str(colored), str(tmp_path / "2/named")]) == 0
+    assert data.read_classes(tmp_path / "2/named") == ["7", "b g r", "1"]
     binary = write_plain(tmp_path / "3/in", lambda mask: (mask > 0) * np.uint8(255))
     refused(binary, capsys, "masks have 0 and 255 alone, but classes.txt has 3 classes")
     phone = write_plain(tmp_path / "4/in")
     for path in (phone / "images").iterdir():
         path.rename(path.with_suffix(".HEIC"))
     refused(phone, capsys, "save the .heic photos as JPEG")
+    nothing = write_plain(tmp_path / "5/in", classes="")
+    put(nothing / "labels.txt", "__ignore__")
+    refused(nothing, capsys, "__ignore__")
+
+
+def test_left_and_right_are_of_one_class(tmp_path, capsys):
+    """Montgomery County's X-rays have a folder of masks for each lung."""
+    for name, (image, mask, _) in PICTURES.items():
+        put(tmp_path / f"in/CXR_png/{name}.png", image)
+        for side, label in (("left", 1), ("right", 2)):
+            put(tmp_path / f"in/ManualMask/{side}Mask/{name}.png", (mask == label) * np.uint8(255))
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new")]) == 0
+    (path,) = (tmp_path / "new/masks").glob("*c.png")
+    mask = np.asarray(Image.open(path))
+    assert (mask == (PICTURES["c"][1] > 0)).all()
 
 
 def test_new_must_be_new_and_elsewhere(tmp_path, capsys):

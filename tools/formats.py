@@ -47,6 +47,9 @@ CITYSCAPES = (  # labelIds and names of the 19 classes that are trained on
     "32 motorcycle,33 bicycle"
 )
 CLASS_FILES = r"label_?map\.txt|.*(class|colou?r|palette).*\.(csv|txt)|(labels|codes)\.txt"
+BGR = r"(.*[\W_])?(bgr|b(lue)?[\W_].*g(reen)?[\W_].*r(ed)?)([\W_].*)?"  # a header like name,b,g,r
+VOC_VOID = (224, 224, 192)  # the colour of void in VOC's masks
+BLACK_WHITE = {(0, 0, 0), (255, 255, 255)}
 RGB = r"(?P<r>\d+)[\s,;]+(?P<g>\d+)[\s,;]+(?P<b>\d+)"
 CLASS_LINES = (  # what the lines of such files look like; CVAT's have colons, names may have too
     rf"{RGB}[\s,;:]+(?P<name>.+)",
@@ -195,7 +198,8 @@ def match(folder, images, masks):
                 pairs[ours[0]] = sorted(theirs)
             elif ours and theirs and way is stem and same_place:
                 one, two = ours[:2] if len(ours) > 1 else theirs[:2]
-                raise DataError(one, f"{two.name} has its name too", "rename or delete one of them")
+                other = two.relative_to(folder.root)
+                raise DataError(one, f"{other} has its name too", "rename or delete one of them")
         best = pairs if len(pairs) > len(best) else best
     return best
 
@@ -245,11 +249,12 @@ def find_pairs(folder, export):
     lone = sorted(set().union(*groups.values()) - {*chain(*pairs.values())})
     several = [image for image, masks in pairs.items() if len(masks) > 1]
     for first, *others in pairs.values():
-        for other in others:
-            if other.parent != first.parent:  # a folder for each class, or for each annotator
+        for other in others:  # a folder for each class? left and right halves are of one
+            sides = {re.sub("left|right", "", str(each.parent).lower()) for each in (first, other)}
+            if len(sides) > 1:
                 what = f"{other.relative_to(folder.root)} is a mask of the same image"
-                how = "make one mask of both, with a value for each class, or delete one"
-                raise DataError(first, what, how)
+                how = "make one of both, with a value for each class; or, of one class, put them "
+                raise DataError(first, what, f"{how}into one folder, as a_mask_1.png, a_mask_2.png")
     if several:
         print(f"{len(several)} images, such as {several[0].name}, have several masks: one mask now")
     if bare:
@@ -325,17 +330,21 @@ def settle(folder, items):
 
 def parse_classes(path):
     """Return (names, {colour or value: index}) of a file that lists classes; {}: a name a line."""
-    lines = [line for line in data.read_lines(path) if not line.startswith(("# ", "//"))]
-    for kind in CLASS_LINES:
+    every = data.read_lines(path)
+    lines = [line for line in every if not line.startswith(("# ", "//"))]
+    first_is_name = every and re.match(r"\W*(name|label|class)", every[0], re.IGNORECASE)
+    for kind in CLASS_LINES[1:] if first_is_name else CLASS_LINES:
         found = [re.fullmatch(kind, line) for line in lines]
         found = found[1:] if found and not found[0] else found  # a header
         if found and all(found):
-            if re.search(r"\bb(lue)?\b.*\br(ed)?\b", lines[0], re.IGNORECASE):
-                raise DataError(path, f"has its colours as {lines[0]}", "write red, green, blue")
-            table = {}
+            by_value, table = "value" in found[0].groupdict(), {}
+            header = every[0] if every[0] != found[0].string and not by_value else ""
+            if re.fullmatch(BGR, header, re.IGNORECASE):
+                raise DataError(path, f"has its colours as {header}", "write red, green, blue")
             for index, row in enumerate(found):
-                by_value = "value" in row.groupdict()
                 key = int(row["value"]) if by_value else tuple(int(row[each]) for each in "rgb")
+                if key in table:
+                    raise DataError(path, f"has {key} twice", "give it to one class")
                 table[key] = index
             return [row["name"].strip("\"' ") for row in found], table
     return (lines, {}) if path.suffix.lower() == ".txt" else ([], {})
@@ -365,14 +374,15 @@ def read_classes(folder):
             raise DataError(other[2], f"has other classes than {path}", "export them together")
     if "__ignore__" in names:  # of labelme's labels.txt; it stands for void, and is not counted
         names.remove("__ignore__")
-        if not named_like(names[0]):
+        if not names or not named_like(names[0]):
             what = "has __ignore__, but no _background_, so what 0 means is unclear"
             raise DataError(path, what, "delete the line; or call it void, and give --void void")
     if table:  # lines of colours may have any order, and count as values too
-        rows = dict(enumerate(names)) if isinstance(next(iter(table)), tuple) else {}
+        plain = [each for each, none, _ in known if not none and sorted(each) == sorted(names)]
+        rows = dict(enumerate([*plain, names][0])) if isinstance(next(iter(table)), tuple) else {}
         rows |= {key: names[i] for key, i in table.items()}
-        names = sorted(names, key=lambda name: not named_like(name))
-        table = {VOID: VOID, (224, 224, 192): VOID}  # the colour is VOC's
+        names = plain[0] if plain else sorted(names, key=lambda name: not named_like(name))
+        table = {VOID: VOID, VOC_VOID: VOID}
         table |= {key: names.index(name) for key, name in rows.items()}
     blank = path.name in ("labelmap.txt", "_classes.csv")  # CVAT's, Roboflow's
     return Export(None, names, table, str(path.relative_to(folder.root)), blank)
@@ -381,7 +391,8 @@ def read_classes(folder):
 def read_values(path, colors):
     """Return (a mask's values, int (H, W), or colours, uint8 (H, W, 3), a Counter of these).
 
-    A palette that has only the known colors counts by them, for tools put its indices in any order.
+    A palette that has only the known colors counts by them, for tools put its indices in any order;
+    so does one of black and white. Its 255 is void, whatever colour of no class it has.
     """
     with data.blame(path, "save it again, as palette PNG"):
         if path.suffix.lower() == ".npy":
@@ -393,10 +404,15 @@ def read_values(path, colors):
             with Image.open(path) as file:
                 raw, image = str(file.tile[0][3]), ImageOps.exif_transpose(file)
             if image.mode == "P":
-                rgb, palette = image.convert("RGB"), np.array(image.getpalette()).reshape(-1, 3)
-                black_white = {*map(tuple, palette.tolist())} == {(0, 0, 0), (255, 255, 255)}
-                used = {color for _, color in rgb.getcolors() or [(0, None)]}
-                image = rgb if used <= colors.keys() or black_white else image
+                palette = [*map(tuple, np.array(image.getpalette()).reshape(-1, 3).tolist())]
+                used = {i for i, count in enumerate(image.histogram()) if count}
+                if VOID in used and palette[VOID:] and palette[VOID] not in colors:
+                    palette[VOID] = VOC_VOID if colors else palette[VOID]
+                if max(used) < len(palette):  # beyond it is no colour
+                    found = {palette[i] for i in used}
+                    if found <= colors.keys() or BLACK_WHITE in (found, {*palette}):
+                        image.putpalette([*chain(*palette)])
+                        image = image.convert("RGB")
             values = np.asarray(image)
             if image.mode in ("RGBA", "LA"):
                 if values[..., -1].min() < 255:
@@ -440,7 +456,7 @@ def understand(folder, export, found, paths):
         raise DataError(blurred[0] if blurred else folder.root, what, how)
     elif not table and len(names) > 2 and grays == {0, VOID}:
         what = f"masks have 0 and 255 alone, but {export.where} has {len(names)} classes"
-        raise DataError(folder.root, what, "leave background and one other class there")
+        raise DataError(folder.root, what, "write classes.txt: background, and one other class")
     elif not table and two and grays <= {0, VOID}:
         print("masks have 0 and 255 alone: 255 is taken for class 1, not for void")
         table |= {0: 0, VOID: 1}
@@ -477,7 +493,7 @@ def draw(size, shapes, table):
     for "picture", (a picture in base64, labelme's or Supervisely's, its corner); for "holed",
     an outline, and those of the holes in it.
     """
-    canvas = Image.new("L", size, table.get("_background_", 0))  # --void 0 makes it void
+    canvas = Image.new("L", size, table.get("_background_", 0))  # --void makes it void
     pen = ImageDraw.Draw(canvas)
     for name, kind, what in shapes:
         if name not in table:

@@ -38,6 +38,7 @@ from formats import (
     draw,
     find_pairs,
     named_like,
+    normal,
     read_classes,
     read_values,
     settle,
@@ -50,6 +51,7 @@ from data import VOID, DataError
 
 PALETTE = np.array(data.color_map(256), np.uint8).tobytes()  # of the masks that are written
 WHITE = (255, 255, 255)
+VOIDS = "void unlabeled unlabelled ignore"  # names of what is no class
 RGB_WEIGHTS = np.array([65536, 256, 1], np.int32)  # make one number of a colour
 HINTS = {  # what to do about files that prepare.py does not read
     "json": "export it as COCO's or labelme's JSON, or as masks",
@@ -84,41 +86,67 @@ def open_export(folder, void):
             print(f"{len(left)} images, such as {min(left).name}, have no outlines: left out")
     settle(folder, export.items)
     masks = [each for item in export.items for each in (item.mask, *item.more)]
-    paths = [mask for mask in masks if isinstance(mask, Path)]
-    if paths:
-        counts = each(lambda path: read_values(path, export.table)[1], paths, "reading")
-        counts = {path: found for path, found in zip(paths, counts) if isinstance(found, Counter)}
-        understand(folder, export, sum(counts.values(), Counter()), paths)
-        palettes = {path: palette_colors(path, found) for path, found in counts.items()}
-        print_palettes(folder.root, export.names, palettes)
-        export.table.setdefault("_background_", 0)  # of images that have no mask
+    masks = [mask for mask in masks if isinstance(mask, Path)]
+    if masks:
+        found = read_all(folder, export, masks)
     else:
-        export.table = {i: i for i in range(len(export.names))}  # for --void
-        export.table |= {name: i for i, name in enumerate(export.names)}
+        found = {}
+        export.table = {name: i for i, name in enumerate(export.names)}
         export.table |= {"__ignore__": VOID, "_background_": 0}
-    if void is not None:
-        make_void(folder, export, void)
-    names = export.names
-    if not 2 <= len({*names}) == len(names) <= VOID:  # as `data.read_classes` will say, but early
-        what = f"has {len(names)} classes by {export.where} ({', '.join(names[:3])} ...)"
-        raise DataError(folder.root, what, f"2 to {VOID} different ones are needed")
+    check_names(folder, export)
+    for text in void:
+        make_void(folder, export, normal(text.strip()), found)
+        check_names(folder, export)
     return export
 
 
-def make_void(folder, export, void):
-    """Make a class, by its name, or a value of the masks void; the classes after it move up."""
-    if void in export.names:
-        label = export.names.index(void)
-    elif void.isdecimal():
-        label = export.table.setdefault(int(void), VOID)
+def read_all(folder, export, paths):
+    """Complete the table of an export by its mask files; return a Counter of what is in them."""
+    counts = each(lambda path: read_values(path, export.table)[1], paths, "reading")
+    counts = {path: found for path, found in zip(paths, counts) if isinstance(found, Counter)}
+    found = sum(counts.values(), Counter())
+    understand(folder, export, found, paths)
+    names = export.names
+    blank = [i for i, name in enumerate(names) if named_like(name, f"background {VOIDS}")]
+    export.table.setdefault("_background_", min(blank, default=0))  # of images without a mask
+    known = {key: names[i] for key, i in export.table.items() if i < len(names)}
+    palettes = {path: palette_colors(path, found) for path, found in counts.items()}
+    problem = palette_problem(folder.root, known, palettes)
+    if problem:
+        path, what, how, sure = problem
+        if sure:
+            raise DataError(path, what, how)
+        print(f"{path}: {what}\nmasks go by values; {how} anew")
+    return found
+
+
+def check_names(folder, export):
+    """Raise DataError for classes that `data.read_classes` would refuse: here it is early."""
+    names = export.names
+    if not 2 <= len({*names}) == len(names) <= VOID:
+        what = f"has {len(names)} classes by {export.where} ({', '.join(names[:3])} ...)"
+        raise DataError(folder.root, what, f"2 to {VOID} different ones are needed")
+
+
+def make_void(folder, export, void, found):
+    """Make a class, by its name, or a value of the masks void; the classes after it move up.
+
+    found: what is in the masks. Raises DataError for what is neither, or two different things.
+    """
+    names = [name.strip() for name in export.names]
+    labels = {names.index(void)} if void in names else set()
+    if void.isdecimal() and int(void) in found:
+        labels.add(export.table.get(int(void), VOID))
+    if len(labels) != 1:
+        what = f"{void} is not one class, of {', '.join(names)}, and not one value of masks"
+        raise DataError(folder.root, what, "give --void another")
+    (label,) = labels
+    if void.isdecimal() and int(void) in found:
         export.table[int(void)] = VOID
-    else:
-        what = f"has no class {void}, but {', '.join(export.names)}"
-        raise DataError(folder.root, what, "give --void one of these, or a value")
     gone = "no class" if label == VOID else export.names.pop(label)
     for key, old in export.table.items() if label != VOID else ():
         export.table[key] = VOID if old in (label, VOID) else old - (old > label)
-    print(f"--void {void}: {gone} is void; classes from 0: {', '.join(export.names[:5])}")
+    print(f"--void {void}: {gone} becomes void; classes from 0: {', '.join(export.names[:5])}")
 
 
 def each(function, items, what):
@@ -314,7 +342,11 @@ def look_over(root, size, decode):
         else:  # train.py opens it for the split `all` alone
             print(f"in no list: {error}")
     print_classes(classes, results.values(), size)
-    print_palettes(root, classes, {masks[name]: look[-1] for name, look in results.items()})
+    palettes = {masks[name]: look[-1] for name, look in results.items()}
+    problem = palette_problem(root, dict(enumerate(classes)), palettes)
+    if problem:
+        path, what, how, _ = problem
+        print(f"{path}: {what}\ntraining goes by values; {how}, and train on that")
     for split, listed in splits.items():
         print(f"{split}: {len(listed)} images")
         dataset = data.SegmentationSet()
@@ -349,33 +381,35 @@ def palette_colors(path, values):
     return {i: tuple(color) for i, color in enumerate(palette) if i in values}
 
 
-def print_palettes(root, classes, colors):
-    """Print the first contradiction between the palettes of masks and the values, which count.
+def palette_problem(root, known, colors):
+    """Return (path, what, remedy, is it sure) where palettes contradict the values, or None.
 
-    colors: {a mask's path: its `palette_colors`}. Some programs number the colours of each
-    picture anew, or begin with white.
+    known: {value: class}; colors: {a mask's path: its `palette_colors`}. Training goes by values.
+    But some programs number the colours of each picture anew, or begin with white.
     """
     listed = {}  # {colour: class}, where there is a list of colours
     with contextlib.suppress(DataError):
         export = read_classes(Folder(root))
         listed = {key: export.names[i] for key, i in export.table.items() if i < len(export.names)}
-    first, how = {}, "where the colours are right,"
+    first = {}
     for path, palette in colors.items():
         for value, color in sorted(palette.items()):
             seen, other = first.setdefault(value, (color, path.name))
-            known = classes[value] if value < len(classes) else "no class"
-            what = f"{path.name} has the value {value} ({known}) in the colour {color}"
-            if listed.get(color, known) != known:
-                what += f", which is {listed[color]}'s in the list of colours"
-            elif color != seen and value != VOID:
+            name = known.get(value, "void")
+            meant = listed.get(color, name)
+            what = f"has the value {value} ({name}) in the colour {color}"
+            if meant.lower() != name.lower() and not (name == "void" and named_like(meant, VOIDS)):
+                left = [palette[i] for i in palette if i != VOID and palette[i] not in listed]
+                how = f"add {left[0]} to the list, and " if left else ""
+                what += f", which is {meant}'s in the list of colours"
+                return path, what, f"if the colours are right, {how}make NEW", True
+            if color != seen and value != VOID:
                 what += f", but {other} has it in {seen}"
-                how += " write class_dict.csv (name,r,g,b) into SOURCE, and"
-            elif value == 0 and color == WHITE and {*palette.values()} == {WHITE, (0, 0, 0)}:
+                how = "if the colours are right, write class_dict.csv (name,r,g,b), and make NEW"
+                return path, what, how, False
+            if value == 0 and color == WHITE and {*palette.values()} == {WHITE, (0, 0, 0)}:
                 what += f", and {max(palette)} in black"
-            else:
-                continue
-            print(what, f"training goes by values; {how} make NEW, and train on that", sep="\n")
-            return
+                return path, what, "if the colours are right, make NEW", False
 
 
 def print_classes(classes, results, size):
@@ -393,8 +427,8 @@ def print_classes(classes, results, size):
     if not named_like(classes[0], BACKGROUNDS):
         print(f"class 0 is {classes[0]}: if 0 means background, list background first")
     for label, name in enumerate(classes):
-        if label and named_like(name, "void unlabeled unlabelled ignore"):
-            print(f"class {label} is called {name}: with NEW, --void {name} leaves it out")
+        if label and named_like(name, VOIDS):
+            print(f"class {label} is called {name}: with NEW, --void {name.strip()} leaves it out")
 
 
 def are_frames(paths):
@@ -443,11 +477,12 @@ def main(argv=None):
     white, size = utils.number(float, 1e-6, 1e9), utils.number(int, 1, 4096)
     parser.add_argument("source", metavar="SOURCE", help="a folder of data, or an export")
     parser.add_argument("new", metavar="NEW", nargs="?", help="a folder that does not exist yet")
-    parser.add_argument("--void", metavar="CLASS", help="a class, or a value of masks, made void")
+    how = "a class, or a value of the masks, that becomes void; may be given several times"
+    parser.add_argument("--void", metavar="CLASS", action="append", default=[], help=how)
     parser.add_argument("--white", type=white, metavar="VALUE", help="becomes 255 in 8-bit images")
     parser.add_argument("--size", type=size, default=96, help="for what vanishes; default: 96")
     args = parser.parse_args(argv)
-    if not args.new and (args.void is not None or args.white):
+    if not args.new and (args.void or args.white):
         parser.error("--void and --white write a folder: give NEW as well")
     try:
         return run(args)
