@@ -115,7 +115,7 @@ def read_all(folder, export, paths):
     if problem:
         path, what, how, sure = problem
         if sure:
-            raise DataError(path, what, f"{how}; if the values are, delete the list")
+            raise DataError(path, what, f"{how}; else delete the list")
         print(f"{path}: {what}\nmasks go by values; {how} anew")
     return found
 
