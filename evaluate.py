@@ -60,11 +60,11 @@ def describe(path, checkpoint, args):
     protocol = "own resolution, void ignored"
     if args.void_as_background:
         protocol = f"{PAPER_SIZE}x{PAPER_SIZE}, void as background"
-    source = args.data or checkpoint.get("data", "voc2007")
+    source = given = args.data or checkpoint.get("data", "voc2007")
     if source not in data.NAMES:
         source = str(Path(source).expanduser().resolve())
         if not args.data and not Path(source).is_dir():
-            raise utils.UserError(f"{path}: was trained on {source}, which is gone; give --data")
+            raise utils.UserError(f"{path}: was trained on {given}, which is not here; give --data")
     return {
         "checkpoint": str(path.resolve()),
         "data": source,
@@ -177,6 +177,12 @@ def evaluate(path, checkpoint, about, dataset, args, device):
     out = args.out or scores_folder(about, args)
     out.mkdir(parents=True, exist_ok=True)  # fails before the work where it cannot be written to
     metrics, cm, each, model = score_checkpoint(path, checkpoint, about, dataset, args, device)
+    write_json(out / "metrics.json", metrics)
+    with open(out / "confusion_matrix.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true \\ predicted, pixels", *dataset.classes])
+        writer.writerows([name, *row] for name, row in zip(dataset.classes, cm.tolist()))
+
     print(f"{path}: {metrics['model']}, epoch {metrics['epoch']}")
     print(f"{len(dataset.names)} images of split {metrics['split']} of {metrics['data']}")
     print(f"{metrics['protocol']}\n")
@@ -186,11 +192,6 @@ def evaluate(path, checkpoint, about, dataset, args, device):
     for key in [key for key, value in metrics.items() if isinstance(value, float)]:
         print(f"{key.replace('_', ' '):<24}{metrics[key]:.6f}")
 
-    write_json(out / "metrics.json", metrics)
-    with open(out / "confusion_matrix.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true \\ predicted, pixels", *dataset.classes])
-        writer.writerows([name, *row] for name, row in zip(dataset.classes, cm.tolist()))
     size = metrics["size"]
     title = f"{metrics['model']}, {size}x{size}, split {metrics['split']}; {metrics['protocol']}"
     draw_confusion_matrix(out / "confusion_matrix.png", cm, dataset.classes, title)
@@ -317,8 +318,8 @@ def compare(paths, checkpoints, evaluations, args, device):
         title = f"{name}\nmIoU {results[name]['mean_iou']:.4f}"
         rows[title] = label(model, dataset.images[shown], device, images.shape[-2:], args.tta)
 
-    print("\n" + format_comparison(results))
     write_json(out / "metrics.json", results)
+    print("\n" + format_comparison(results))
     title = f"split {evaluations[0]['split']}; {evaluations[0]['protocol']}"
     captions = [first.names[i][-24:] for i in shown]
     utils.samples(out / "comparison.png", images, rows, first.classes, title, captions)

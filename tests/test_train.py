@@ -255,6 +255,22 @@ def test_what_a_run_may_change_is_taken_and_the_rest_stays(voc):
     assert (args.epochs, args.steps) == (None, 10_000)
 
 
+def test_the_order_of_images_and_their_augmentation_share_no_seed(voc, monkeypatch):
+    """Else an image's place in the first batch tells whether it is mirrored."""
+    orders, others, seed = [], [], torch.manual_seed
+
+    class Generator(torch.Generator):
+        def manual_seed(self, number):
+            orders.append(number)
+            return super().manual_seed(number)
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "manual_seed", lambda number: others.append(number) or seed(number))
+    quick_train("--data", voc, "--augment", epochs=3)
+    assert len(set(orders)) == 3 and len(set(others)) == 4  # epochs, and the first weights
+    assert not {*orders} & {*others}
+
+
 def test_one_command_starts_a_run_and_goes_on_with_it(voc, capsys):
     for epochs in (1, 2):
         quick_train("--data", voc, "--resume", epochs=epochs)
