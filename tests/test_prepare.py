@@ -385,14 +385,26 @@ def test_void_that_is_a_name_and_another_value(tmp_path, capsys):
     assert "1 is not one class" in capsys.readouterr().err
 
 
-def test_images_without_a_mask_where_background_is_not_first(tmp_path, capsys):
+def test_void_of_gray_three_times_over(tmp_path):
+    root = write_plain(tmp_path / "in", lambda mask: np.stack([mask * np.uint8(3)] * 3, 2), "")
+    put(root / "labels.txt", "0 background\n3 disc")
+    assert prepare.main([str(root), str(tmp_path / "new"), "--void", "6"]) == 0
+    mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
+    assert (mask == np.array([0, 1, 255])[PICTURES["c"][1]]).all()
+
+
+@pytest.mark.parametrize("nothing", ["unlabeled", "road"])
+def test_images_without_a_mask_where_background_is_not_first(nothing, tmp_path):
     for i, name in enumerate(NAMES):
         put(tmp_path / f"in/JPEGImages/{name}.jpg", PICTURES[name][0])
         if i:
             put(tmp_path / f"in/SegmentationClass/{name}.png", COLORS[PICTURES[name][1]])
-    put(tmp_path / "in/labelmap.txt", "disc:250,0,90::\nbox:10,200,0::\nunlabeled:0,0,0::")
+    labels = f"disc:250,0,90::\nbox:10,200,0::\n{nothing}:0,0,0::"
+    put(tmp_path / "in/labelmap.txt", f"# label:color_rgb:parts:actions\n{labels}")
     assert prepare.main([str(tmp_path / "in"), str(tmp_path / "new")]) == 0
-    assert (np.asarray(Image.open(tmp_path / f"new/masks/{NAMES[0]}.png")) == 2).all()
+    made = tmp_path / f"new/masks/{NAMES[0]}.png"
+    assert made.exists() == (nothing == "unlabeled")  # else it is left out
+    assert not made.exists() or (np.asarray(Image.open(made)) == 2).all()
 
 
 def paletted(mask, colors):
@@ -449,7 +461,7 @@ def test_palettes_without_a_list_of_colours(tmp_path, capsys):
     other = write_plain(tmp_path / "other/in", lambda mask: paletted(SWAP[mask], SWAPPED))
     put(other / "class_dict.csv", LISTED)
     put(other / "masks/c.png", paletted([[3, 2, 1]], [*SWAPPED[:3], (9, 9, 9)]))
-    refused(other, capsys, "c.png", "which is box's", "add (9, 9, 9) to the list")
+    refused(other, capsys, "c.png", "has the colour (9, 9, 9), which is in no list")
 
 
 @pytest.mark.parametrize("entries", [2, 256])
@@ -458,9 +470,66 @@ def test_palettes_that_begin_with_white(entries, tmp_path, capsys):
     root = write_plain(tmp_path / "in", lambda mask: paletted(mask == 0, palette), LIST[:16])
     assert prepare.main([str(root)]) == 0
     assert "the colour (255, 255, 255), and 1 in black" in capsys.readouterr().out
+    if entries == 256:  # the others may be colours of classes, too
+        put(root / "class_dict.csv", "name,r,g,b\nbackground,0,0,0\ndisc,255,255,255")
     assert prepare.main([str(root), str(tmp_path / "new")]) == 0
     mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
     assert (mask == (PICTURES["c"][1] > 0)).all()
+
+
+def test_a_mask_that_shows_black_and_white_alone_goes_as_the_others(tmp_path):
+    palette = [(0, 0, 0), (255, 255, 255), (128, 0, 0)]
+    root = write_plain(tmp_path / "in", lambda mask: paletted(mask, palette))
+    put(root / "masks/c.png", paletted(PICTURES["c"][1] == 1, palette))
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0
+    mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
+    assert (mask == (PICTURES["c"][1] == 1)).all()
+
+
+def test_void_of_a_palette_that_is_filled_up_with_black(tmp_path):
+    palette = np.zeros((256, 3), np.uint8)
+    palette[:3] = COLORS
+    root = write_plain(tmp_path / "in", lambda mask: paletted(mask - (mask == 2) * 3, palette))
+    put(root / "class_dict.csv", LISTED)
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0
+    mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
+    assert (mask == np.array([0, 1, 255])[PICTURES["c"][1]]).all()
+
+
+LISTS = {  # {a file: (its text, the values of background, disc and box in gray masks)}
+    "labels.txt": ("disc: 2\nbackground: 0\nbox: 1", (0, 2, 1)),
+    "classes.txt": ("background, 5\ndisc, 7\nbox, 9", (5, 7, 9)),
+    "classes.csv": ("name,id\ndisc,1\nbox,2\nbackground,0", (0, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_names_and_values(name, tmp_path):
+    text, values = LISTS[name]
+    root = write_plain(tmp_path / "in", lambda mask: np.uint8(values)[mask], "")
+    put(root / name, text)
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0
+    new = np.array([*map(data.read_classes(tmp_path / "new").index, CLASSES)])
+    mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
+    assert (mask == new[PICTURES["c"][1]]).all()
+
+
+def test_a_numbered_list_counts_for_values_beside_one_of_colours(tmp_path):
+    root = write_plain(tmp_path / "in", classes="")
+    put(root / "class_dict.csv", "name,r,g,b\nbox,10,200,0\nbackground,0,0,0\ndisc,250,0,90")
+    put(root / "labels.txt", "0 background\n1 disc\n2 box")
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0
+    new = np.array([*map(data.read_classes(tmp_path / "new").index, CLASSES)])
+    mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
+    assert (mask == new[PICTURES["c"][1]]).all()
+
+
+def test_colours_before_names_under_any_title(tmp_path):
+    root = write_plain(tmp_path / "in", lambda mask: COLORS[mask], "")
+    for i, title in enumerate(("# class colours", "Label colours r g b", "class r,g,b,name")):
+        put(root / "label_colors.txt", f"{title}\n250 0 90 disc\n0 0 0 background\n10 200 0 box")
+        assert prepare.main([str(root), str(tmp_path / f"new{i}")]) == 0
+        assert data.read_classes(tmp_path / f"new{i}") == ["background", "disc", "box"]
 
 
 def test_the_new_folder_has_copies(tmp_path):
@@ -671,8 +740,9 @@ def test_refusals_of_what_would_be_learned_wrong(tmp_path, capsys):
         put(apart / f"masks/box/{name}.png", (mask == 2) * np.uint8(255))
     refused(apart, capsys, "is a mask of the same image", "a value for each class")
     colored = write_plain(tmp_path / "2/in", lambda mask: COLORS[mask], "")
-    for header in ("name,b,g,r", "# name,b,g,r", "name,blue_value,green_value,red_value"):
-        put(colored / "class_dict.csv", f"{header}\nx,0,0,0\ndisc,90,0,250\nbox,0,200,10")
+    headers = "name,b,g,r", "# name,b,g,r", "name,blue_value,green_value,red_value"
+    for header in headers:
+        put(colored / "class_dict.csv", f"# mine\n{header}\nx,0,0,0\ndisc,90,0,250\nbox,0,200,10")
         refused(colored, capsys, "class_dict.csv", header)
     put(colored / "class_dict.csv", "name,r,g,b\nx,0,0,0\nb g r,250,0,90\nvoid,0,0,0\nbox,10,200,0")
     refused(colored, capsys, "class_dict.csv", "has (0, 0, 0) twice")

@@ -40,6 +40,7 @@ MASK_ENDS = "masks?|segmentations?|seg|labels?|gt|l|manual|anno|annotation|groun
 MASK_END = rf"({MASK_ENDS})(_?\d{{1,2}})?"  # a_mask_1, a_mask_2: several masks of one image
 ENDS = f"{MASK_ENDS}|training|test|images?|img|sat|rgb|leftImg8bit|gtFine|labelIds|labelTrainIds"
 BACKGROUNDS = "background bg sky other void unlabeled unlabelled ignore"
+VOIDS = "void unlabeled unlabelled ignore"  # names of what is no class
 CAMVID = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
 CITYSCAPES = (  # labelIds and names of the 19 classes that are trained on
     "7 road,8 sidewalk,11 building,12 wall,13 fence,17 pole,19 traffic light,20 traffic sign,"
@@ -49,13 +50,14 @@ CITYSCAPES = (  # labelIds and names of the 19 classes that are trained on
 CLASS_FILES = r"label_?map\.txt|.*(class|colou?r|palette).*\.(csv|txt)|(labels|codes)\.txt"
 BGR = r"(.*[\W_])?(bgr|b(lue)?[\W_].*g(reen)?[\W_].*r(ed)?)([\W_].*)?"  # a header like name,b,g,r
 VOC_VOID = (224, 224, 192)  # the colour of void in VOC's masks
-BLACK_WHITE = {(0, 0, 0), (255, 255, 255)}
 RGB = r"(?P<r>\d+)[\s,;]+(?P<g>\d+)[\s,;]+(?P<b>\d+)"
 CLASS_LINES = (  # what the lines of such files look like; CVAT's have colons, names may have too
     rf"{RGB}[\s,;:]+(?P<name>.+)",
     rf"(\d+[,;]\s*)?(?P<name>.+?)[\s,;:=([]+{RGB}[)\]]?(:[^:]*){{0,2}}",
     r"(?P<value>\d+)\s*[,;:\s]\s*(?P<name>.+)",
+    r"(?P<name>.+?)\s*[,;:=\t]\s*(?P<value>\d+)",
 )
+NAME_FIRST = r"\W*(name|label|class)\w*[\s,;:]+r\w*[\s,;]+g\w*[\s,;]+b\w*"  # a header
 
 
 @dataclass
@@ -232,6 +234,7 @@ def find_pairs(folder, export):
     listed = [pair for found in read_lists(folder, images).values() for pair in found]
     pairs = {image: [mask] for image, mask in listed if mask}
     blank, how = export.blank and not pairs, "lists" if pairs else "names"
+    blank = blank and any(named_like(name, f"background {VOIDS}") for name in export.names)
     kinds = [match(folder, images, masks) for masks in groups.values()]
     used = {*chain(*pairs.values())}  # VOC's train_aug.txt has a second column, val.txt has none
     named = {}
@@ -332,15 +335,15 @@ def parse_classes(path):
     """Return (names, {colour or value: index}) of a file that lists classes; {}: a name a line."""
     every = data.read_lines(path)
     lines = [line for line in every if not line.startswith(("# ", "//"))]
-    first_is_name = every and re.match(r"\W*(name|label|class)", every[0], re.IGNORECASE)
-    for kind in CLASS_LINES[1:] if first_is_name else CLASS_LINES:
+    name_first = any(re.fullmatch(NAME_FIRST, line, re.IGNORECASE) for line in every)
+    for kind in CLASS_LINES[1:] if name_first else CLASS_LINES:
         found = [re.fullmatch(kind, line) for line in lines]
         found = found[1:] if found and not found[0] else found  # a header
         if found and all(found):
             by_value, table = "value" in found[0].groupdict(), {}
-            header = every[0] if every[0] != found[0].string and not by_value else ""
-            if re.fullmatch(BGR, header, re.IGNORECASE):
-                raise DataError(path, f"has its colours as {header}", "write red, green, blue")
+            for header in [] if by_value else every[: every.index(found[0].string)]:
+                if re.fullmatch(BGR, header, re.IGNORECASE):
+                    raise DataError(path, f"has its colours as {header}", "write red, green, blue")
             for index, row in enumerate(found):
                 key = int(row["value"]) if by_value else tuple(int(row[each]) for each in "rgb")
                 if key in table:
@@ -364,6 +367,11 @@ def background_first(names):
 def read_classes(folder):
     """Return an Export with the classes, and what they look like in masks, that a list names."""
     known = [(*parse_classes(path), path) for path in folder.named(CLASS_FILES)]
+    for names, _, path in known:
+        if not names:
+            data.say(
+                f"{path.name} is no list of classes that is known here: name,r,g,b in each line"
+            )
     known = sorted([each for each in known if each[0]], key=lambda each: not each[1])
     if not known:
         is_voc = (folder.root / "JPEGImages").is_dir()
@@ -378,8 +386,16 @@ def read_classes(folder):
             what = "has __ignore__, but no _background_, so what 0 means is unclear"
             raise DataError(path, what, "delete the line; or call it void, and give --void void")
     if table:  # lines of colours may have any order, and count as values too
-        plain = [each for each, none, _ in known if not none and sorted(each) == sorted(names)]
-        rows = dict(enumerate([*plain, names][0])) if isinstance(next(iter(table)), tuple) else {}
+        by_color, plain, numbers = isinstance(next(iter(table)), tuple), [], {}
+        for theirs, numbered, other in known[1:]:
+            if sorted(theirs) != sorted(names):
+                data.say(f"{other.name} has other classes than {path.name}, which counts")
+            elif numbered:
+                numbers = {value: theirs[i] for value, i in numbered.items()} if by_color else {}
+            else:
+                plain = plain or [theirs]
+        rows = dict(enumerate([*plain, names][0])) if by_color else {}
+        rows = numbers or rows
         rows |= {key: names[i] for key, i in table.items()}
         names = plain[0] if plain else sorted(names, key=lambda name: not named_like(name))
         table = {VOID: VOID, VOC_VOID: VOID}
@@ -392,7 +408,7 @@ def read_values(path, colors):
     """Return (a mask's values, int (H, W), or colours, uint8 (H, W, 3), a Counter of these).
 
     A palette that has only the known colors counts by them, for tools put its indices in any order;
-    so does one of black and white. Its 255 is void, whatever colour of no class it has.
+    so does one of black and white alone. 255 is void if it has no class's colour for itself.
     """
     with data.blame(path, "save it again, as palette PNG"):
         if path.suffix.lower() == ".npy":
@@ -406,13 +422,14 @@ def read_values(path, colors):
             if image.mode == "P":
                 palette = [*map(tuple, np.array(image.getpalette()).reshape(-1, 3).tolist())]
                 used = {i for i, count in enumerate(image.histogram()) if count}
-                if VOID in used and palette[VOID:] and palette[VOID] not in colors:
-                    palette[VOID] = VOC_VOID if colors else palette[VOID]
-                if max(used) < len(palette):  # beyond it is no colour
-                    found = {palette[i] for i in used}
-                    if found <= colors.keys() or BLACK_WHITE in (found, {*palette}):
-                        image.putpalette([*chain(*palette)])
-                        image = image.convert("RGB")
+                black_white = {*palette} == {(0, 0, 0), (255, 255, 255)}
+                if colors and len(palette) > VOID:  # some programs fill a palette up with black
+                    own = palette[VOID] in colors and palette[VOID] not in palette[:VOID]
+                    palette[VOID] = palette[VOID] if own else VOC_VOID
+                has_color = max(used) < len(palette)  # else Pillow would take black
+                if has_color and ({palette[i] for i in used} <= colors.keys() or black_white):
+                    image.putpalette([*chain(*palette)])
+                    image = image.convert("RGB")
             values = np.asarray(image)
             if image.mode in ("RGBA", "LA"):
                 if values[..., -1].min() < 255:
@@ -432,9 +449,9 @@ def read_values(path, colors):
 
 
 def understand(folder, export, found, paths):
-    """Fill in what values and colours mean where the format leaves it open. Raises DataError.
+    """Fill in what values and colours mean where the format leaves it open; return the values.
 
-    found: a Counter of what stands in all masks; paths: of the masks.
+    found: a Counter of what stands in all masks; paths: of the masks. Raises DataError.
     """
     names, table = export.names, export.table
     colors = [key for key in found if isinstance(key, tuple)]
@@ -481,6 +498,7 @@ def understand(folder, export, found, paths):
     if len(names) < 2 and 1 in table.values():
         names = ["background", *(names or ["object"])]
     export.names = list(names)
+    return grays
 
 
 # -------------------------------------------------------------------------------- shapes, formats

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from formats import (
     BACKGROUNDS,
     FORMATS,
+    VOIDS,
     Folder,
     Item,
     divide,
@@ -51,7 +52,6 @@ from data import VOID, DataError
 
 PALETTE = np.array(data.color_map(256), np.uint8).tobytes()  # of the masks that are written
 WHITE = (255, 255, 255)
-VOIDS = "void unlabeled unlabelled ignore"  # names of what is no class
 RGB_WEIGHTS = np.array([65536, 256, 1], np.int32)  # make one number of a colour
 HINTS = {  # what to do about files that prepare.py does not read
     "json": "export it as COCO's or labelme's JSON, or as masks",
@@ -88,36 +88,41 @@ def open_export(folder, void):
     masks = [each for item in export.items for each in (item.mask, *item.more)]
     masks = [mask for mask in masks if isinstance(mask, Path)]
     if masks:
-        found = read_all(folder, export, masks)
+        values = read_all(folder, export, masks)
     else:
-        found = {}
+        values = {}
         export.table = {name: i for i, name in enumerate(export.names)}
         export.table |= {"__ignore__": VOID, "_background_": 0}
     check_names(folder, export)
     for text in void:
-        make_void(folder, export, normal(text.strip()), found)
+        make_void(folder, export, normal(text.strip()), values)
         check_names(folder, export)
     return export
 
 
 def read_all(folder, export, paths):
-    """Complete the table of an export by its mask files; return a Counter of what is in them."""
+    """Complete the table of an export by its mask files; return the values that are in them."""
+    listed = {key for key in export.table if isinstance(key, tuple)}
     counts = each(lambda path: read_values(path, export.table)[1], paths, "reading")
     counts = {path: found for path, found in zip(paths, counts) if isinstance(found, Counter)}
     found = sum(counts.values(), Counter())
-    understand(folder, export, found, paths)
+    values = understand(folder, export, found, paths)
     names = export.names
     blank = [i for i, name in enumerate(names) if named_like(name, f"background {VOIDS}")]
     export.table.setdefault("_background_", min(blank, default=0))  # of images without a mask
     known = {key: names[i] for key, i in export.table.items() if i < len(names)}
     palettes = {path: palette_colors(path, found) for path, found in counts.items()}
+    for path, palette in palettes.items() if listed & found.keys() else ():
+        left = [palette[i] for i in palette if i != VOID and palette[i] not in listed]
+        if left:  # by its values it would go, while others go by colours
+            raise DataError(path, f"has the colour {left[0]}, which is in no list", "add it there")
     problem = palette_problem(folder.root, known, palettes)
     if problem:
         path, what, how, sure = problem
         if sure:
             raise DataError(path, what, f"{how}; else delete the list")
         print(f"{path}: {what}\nmasks go by values; {how} anew")
-    return found
+    return values
 
 
 def check_names(folder, export):
@@ -128,21 +133,22 @@ def check_names(folder, export):
         raise DataError(folder.root, what, f"2 to {VOID} different ones are needed")
 
 
-def make_void(folder, export, void, found):
+def make_void(folder, export, void, values):
     """Make a class, by its name, or a value of the masks void; the classes after it move up.
 
-    found: what is in the masks. Raises DataError for what is neither, or two different things.
+    values: those in the masks. Raises DataError for what is neither, or two different things.
     """
     names = [name.strip() for name in export.names]
     labels = {names.index(void)} if void in names else set()
-    if void.isdecimal() and int(void) in found:
+    if void.isdecimal() and int(void) in values:
         labels.add(export.table.get(int(void), VOID))
     if len(labels) != 1:
         what = f"{void} is not one class, of {', '.join(names)}, and not one value of masks"
         raise DataError(folder.root, what, "give --void another")
     (label,) = labels
-    if void.isdecimal() and int(void) in found:
+    if void.isdecimal() and int(void) in values:
         export.table[int(void)] = VOID
+        export.table.setdefault((int(void),) * 3, VOID)  # of gray three times over
     gone = "no class" if label == VOID else export.names.pop(label)
     for key, old in export.table.items() if label != VOID else ():
         export.table[key] = VOID if old in (label, VOID) else old - (old > label)
@@ -391,7 +397,7 @@ def palette_problem(root, known, colors):
     with contextlib.suppress(DataError):
         export = read_classes(Folder(root))
         listed = {key: export.names[i] for key, i in export.table.items() if i < len(export.names)}
-    first = {}
+    first, how = {}, "if the colours are right, write class_dict.csv (name,r,g,b), and make NEW"
     for path, palette in colors.items():
         for value, color in sorted(palette.items()):
             seen, other = first.setdefault(value, (color, path.name))
@@ -400,16 +406,15 @@ def palette_problem(root, known, colors):
             what = f"has the value {value} ({name}) in the colour {color}"
             if meant.lower() != name.lower() and not (name == "void" and named_like(meant, VOIDS)):
                 left = [palette[i] for i in palette if i != VOID and palette[i] not in listed]
-                how = f"add {left[0]} to the list, and " if left else ""
+                add = f"add {left[0]} to the list, and " if left else ""
                 what += f", which is {meant}'s in the list of colours"
-                return path, what, f"if the colours are right, {how}make NEW", True
+                return path, what, f"if the colours are right, {add}make NEW", True
             if color != seen and value != VOID:
                 what += f", but {other} has it in {seen}"
-                how = "if the colours are right, write class_dict.csv (name,r,g,b), and make NEW"
                 return path, what, how, False
             if value == 0 and color == WHITE and {*palette.values()} == {WHITE, (0, 0, 0)}:
                 what += f", and {max(palette)} in black"
-                return path, what, "if the colours are right, make NEW", False
+                return path, what, how, False
 
 
 def print_classes(classes, results, size):
