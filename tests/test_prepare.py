@@ -524,6 +524,16 @@ def test_a_numbered_list_counts_for_values_beside_one_of_colours(tmp_path):
     assert (mask == new[PICTURES["c"][1]]).all()
 
 
+def test_lists_of_colours_in_several_folders_count_for_values_too(tmp_path):
+    root = write_plain(tmp_path / "in", classes="")
+    for folder in ("images", "masks"):
+        put(root / folder / "class_dict.csv", LISTED)
+    assert prepare.main([str(root), str(tmp_path / "new")]) == 0
+    assert data.read_classes(tmp_path / "new") == ["background", "box", "disc"]  # LISTED's order
+    mask = np.asarray(Image.open(tmp_path / "new/masks/c.png"))
+    assert (mask == PICTURES["c"][1]).all()
+
+
 def test_colours_before_names_under_any_title(tmp_path):
     root = write_plain(tmp_path / "in", lambda mask: COLORS[mask], "")
     for i, title in enumerate(("# class colours", "Label colours r g b", "class r,g,b,name")):

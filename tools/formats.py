@@ -364,14 +364,17 @@ def background_first(names):
     return first + [name for name in names if name not in first]
 
 
+def has_colors(table):
+    """Return whether a list of classes names their colours, not their values."""
+    return isinstance(next(iter(table)), tuple)
+
+
 def read_classes(folder):
     """Return an Export with the classes, and what they look like in masks, that a list names."""
     known = [(*parse_classes(path), path) for path in folder.named(CLASS_FILES)]
     for names, _, path in known:
         if not names:
-            data.say(
-                f"{path.name} is no list of classes that is known here: name,r,g,b in each line"
-            )
+            data.say(f"{path.name} is not understood as a list of classes: name,r,g,b in each line")
     known = sorted([each for each in known if each[0]], key=lambda each: not each[1])
     if not known:
         is_voc = (folder.root / "JPEGImages").is_dir()
@@ -386,20 +389,18 @@ def read_classes(folder):
             what = "has __ignore__, but no _background_, so what 0 means is unclear"
             raise DataError(path, what, "delete the line; or call it void, and give --void void")
     if table:  # lines of colours may have any order, and count as values too
-        by_color, plain, numbers = isinstance(next(iter(table)), tuple), [], {}
-        for theirs, numbered, other in known[1:]:
+        order = sorted(names, key=lambda name: not named_like(name))
+        values = dict(enumerate(names)) if has_colors(table) else {}
+        for theirs, numbers, other in reversed(known[1:]):  # plain lists before numbered ones
             if sorted(theirs) != sorted(names):
                 data.say(f"{other.name} has other classes than {path.name}, which counts")
-            elif numbered:
-                numbers = {value: theirs[i] for value, i in numbered.items()} if by_color else {}
-            else:
-                plain = plain or [theirs]
-        rows = dict(enumerate([*plain, names][0])) if by_color else {}
-        rows = numbers or rows
-        rows |= {key: names[i] for key, i in table.items()}
-        names = plain[0] if plain else sorted(names, key=lambda name: not named_like(name))
-        table = {VOID: VOID, VOC_VOID: VOID}
-        table |= {key: names.index(name) for key, name in rows.items()}
+            elif not numbers:
+                order, values = theirs, dict(enumerate(theirs)) if values else {}
+            elif values and not has_colors(numbers):
+                values = {value: theirs[i] for value, i in numbers.items()}
+        meant = values | {key: names[i] for key, i in table.items()}
+        names, table = order, {VOID: VOID, VOC_VOID: VOID}
+        table |= {key: names.index(name) for key, name in meant.items()}
     blank = path.name in ("labelmap.txt", "_classes.csv")  # CVAT's, Roboflow's
     return Export(None, names, table, str(path.relative_to(folder.root)), blank)
 

@@ -116,7 +116,7 @@ def read_all(folder, export, paths):
         left = [palette[i] for i in palette if i != VOID and palette[i] not in listed]
         if left:  # by its values it would go, while others go by colours
             raise DataError(path, f"has the colour {left[0]}, which is in no list", "add it there")
-    problem = palette_problem(folder.root, known, palettes)
+    problem = palette_problem(known, palettes)
     if problem:
         path, what, how, sure = problem
         if sure:
@@ -349,7 +349,12 @@ def look_over(root, size, decode):
             print(f"in no list: {error}")
     print_classes(classes, results.values(), size)
     palettes = {masks[name]: look[-1] for name, look in results.items()}
-    problem = palette_problem(root, dict(enumerate(classes)), palettes)
+    known = dict(enumerate(classes))
+    with contextlib.suppress(DataError):  # where there is a list of colours
+        export = read_classes(Folder(root))
+        colors = {key: i for key, i in export.table.items() if isinstance(key, tuple)}
+        known |= {key: export.names[i] for key, i in colors.items() if i != VOID}
+    problem = palette_problem(known, palettes)
     if problem:
         path, what, how, _ = problem
         print(f"{path}: {what}\ntraining goes by values; {how}, and train on that")
@@ -387,25 +392,21 @@ def palette_colors(path, values):
     return {i: tuple(color) for i, color in enumerate(palette) if i in values}
 
 
-def palette_problem(root, known, colors):
+def palette_problem(known, colors):
     """Return (path, what, remedy, is it sure) where palettes contradict the values, or None.
 
-    known: {value: class}; colors: {a mask's path: its `palette_colors`}. Training goes by values.
-    But some programs number the colours of each picture anew, or begin with white.
+    known: {value or listed colour: class}; colors: {a mask's path: its `palette_colors`}. Training
+    goes by values. But some programs number the colours of each picture anew, or begin with white.
     """
-    listed = {}  # {colour: class}, where there is a list of colours
-    with contextlib.suppress(DataError):
-        export = read_classes(Folder(root))
-        listed = {key: export.names[i] for key, i in export.table.items() if i < len(export.names)}
     first, how = {}, "if the colours are right, write class_dict.csv (name,r,g,b), and make NEW"
     for path, palette in colors.items():
         for value, color in sorted(palette.items()):
             seen, other = first.setdefault(value, (color, path.name))
             name = known.get(value, "void")
-            meant = listed.get(color, name)
+            meant = known.get(color, name)
             what = f"has the value {value} ({name}) in the colour {color}"
             if meant.lower() != name.lower() and not (name == "void" and named_like(meant, VOIDS)):
-                left = [palette[i] for i in palette if i != VOID and palette[i] not in listed]
+                left = [palette[i] for i in palette if i != VOID and palette[i] not in known]
                 add = f"add {left[0]} to the list, and " if left else ""
                 what += f", which is {meant}'s in the list of colours"
                 return path, what, f"if the colours are right, {add}make NEW", True
