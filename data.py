@@ -92,7 +92,7 @@ def say(line):
 class SegmentationSet(Dataset):
     """What every data set here has. For one of your own write a class with these:
 
-    images    uint8 (N, 3, S, S), red, green, blue, 0 to 255
+    images    uint8 (N, 3, S, S), red, green, blue, 0 to 255; S is `load_dataset`'s size
     masks     uint8 (N, S, S), class indices, or 255 (void) for pixels that do not count
     names     N different strings
     classes   the classes' names, in the order of their indices; 0 is the background
@@ -437,14 +437,17 @@ def _channels(values, device):
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
-def _check_bytes(images):
-    """Raise TypeError for images of another type: those of torchvision's ToTensor go up to 1."""
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images should be uint8, from 0 to 255, and are {images.dtype}")
+def _check_bytes(batch):
+    """Raise TypeError for images or masks of another type: torchvision's ToTensor goes up to 1."""
+    if batch.dtype != torch.uint8:
+        raise TypeError(f"images and masks should be torch.uint8, 0 to 255, not {batch.dtype}")
 
 
 def normalize(images):
-    """Return uint8 images (N, 3, H, W) as float32: (images / 255 - MEAN) / STD by channel."""
+    """Return uint8 images (N, 3, H, W) as float32: (images / 255 - MEAN) / STD by channel.
+
+    Give a single image as image[None].
+    """
     _check_bytes(images)
     mean, std = _channels(MEAN, images.device), _channels(STD, images.device)
     normalized = (images / 255 - mean) / std
@@ -456,9 +459,12 @@ def normalize(images):
 def augment(images, masks, mode="affine", size=None):
     """Give each sample of a batch its own random transform, the same to its image and mask.
 
-    images: uint8 (N, 3, H, W); masks: uint8 (N, H, W); returns the same, size x size
-    pixels. Mode `flip` mirrors left-right and top-bottom, each for half of the samples
-    (the paper's). Mode `affine` mirrors left-right alone, since photographs have an up,
+    images: uint8 (N, 3, H, W); masks: uint8 (N, H, W); a single sample is image[None] and
+    mask[None]. Returns both, stretched to size x size pixels; no size: as large as they
+    came.
+
+    Mode `flip` mirrors left-right and top-bottom, each for half of the samples (the
+    paper's). Mode `affine` mirrors left-right alone, since photographs have an up,
     rotates by up to 15 degrees, shears by up to 0.1, stretches by up to 1.2, and zooms
     by 0.8 to 2.6 to any place in the picture; give it images larger than `size`, and
     what it zooms in to has detail. Then it changes the images' brightness, contrast and
@@ -467,6 +473,7 @@ def augment(images, masks, mode="affine", size=None):
     outside the picture is void in the mask and about the mean colour in the image.
     """
     _check_bytes(images)
+    _check_bytes(masks)
     n, height, width = masks.shape
     matrices = random_matrices(n, mode, width / height, images.device)
     shape = (n, 3, size or height, size or width)

@@ -52,7 +52,8 @@ class EncoderDecoder(nn.Module):
 
     Maps float images (N, 3, H, W) to logits (N, num_classes, H, W), H and W from 32 up.
     train.py gives new weights to all parts but `pretrained_parts`, which came with trained
-    ones. A network of your own needs no such attribute.
+    ones. A network of your own needs this attribute only if it brings trained weights: a
+    tuple of the names of its direct parts, such as ("backbone",).
     """
 
     def __init__(self, encoder, decoder, pretrained=False):

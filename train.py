@@ -194,7 +194,8 @@ class Run:
         # All images that its weights ever learned from, those of FILE included:
         # evaluate.py says when it scores on some of them.
         before = ((last or file).get("images") or {}).get("train", [])
-        self.seen = {"train": sorted({*before, *self.train_set.names}), "val": self.val_set.names}
+        learned = {*before, *map(str, self.train_set.names)}
+        self.seen = {"train": sorted(learned), "val": list(map(str, self.val_set.names))}
         # What a step calls: the model, or a faster form of it with the same weights.
         self.forward = fast_forward(self)
         # The networks' own tensors, not copies: they change with every step.
@@ -420,7 +421,8 @@ def fit(run):
         if epoch % max(1, run.epochs // 100) != 0 and epoch < run.epochs:
             continue
         if run.rank == 0:  # the others wait for it in their next step, to average gradients
-            loss, training_seconds = sum(losses) / len(losses), time.perf_counter() - started
+            # `seconds`: of training alone; the row's have the validation's as well.
+            loss, seconds = sum(losses) / len(losses), time.perf_counter() - started
             val_loss, cm = validate(run)
             # Checked before saving. In float16 an infinite gradient halves the scaler's
             # factor: one as small as this means that gradients stay infinite.
@@ -428,7 +430,6 @@ def fit(run):
                 said = f"epoch {epoch}: loss {loss}, validation loss {val_loss}, or gradients"
                 remedy = "start anew with a smaller --lr, or --precision float32"
                 raise utils.UserError(f"{said} are not finite; {remedy}")
-            image_count = len(losses) * run.epoch_steps * run.batch_size
             row = {
                 "epoch": epoch,
                 "lr": learning_rate(run.args, epoch - 1, run.epochs),
@@ -436,7 +437,7 @@ def fit(run):
                 "val_loss": val_loss,
                 "val_mean_iou": utils.mean_iou(cm),
                 "val_pixel_accuracy": utils.pixel_accuracy(cm),
-                "images_per_second": image_count / training_seconds,
+                "images_per_second": len(losses) * run.epoch_steps * run.batch_size / seconds,
                 "seconds": time.perf_counter() - started,
             }
             run.history.append(row)
@@ -501,8 +502,9 @@ def save(run):
     checkpoint = {
         "model": run.args.model,
         "options": {},
-        "classes": list(run.train_set.classes),
-        "palette": run.train_set.palette,
+        # Python's values, where a data set of one's own has numpy's: torch.load reads no others.
+        "classes": list(map(str, run.train_set.classes)),
+        "palette": [list(map(int, color)) for color in run.train_set.palette],
         "size": run.args.size,
         "data": run.args.data,
         "images": run.seen,
@@ -576,17 +578,16 @@ def fast_precision(device):
 
 def fast_forward(run):
     """Return what the step calls: the model, wrapped for several processes, or as --compile asks."""
-    model, device = run.model, run.device.type
     if run.processes > 1:
-        if device == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+        if run.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(run.model)  # in place
         # static_graph: all steps are alike, so a layer without use does no harm.
-        return nn.parallel.DistributedDataParallel(model, static_graph=True)
-    if run.args.compile and device == "cuda":
+        return nn.parallel.DistributedDataParallel(run.model, static_graph=True)
+    if run.args.compile and run.device.type == "cuda":
         return cuda_graph(run)
     if run.args.compile:
-        model.compile()  # the first step takes a minute or more
-    return model
+        run.model.compile()  # the first step takes a minute or more
+    return run.model
 
 
 def cuda_graph(run):

@@ -36,17 +36,19 @@ def confusion_matrix(pred, mask, num_classes):
     pred, mask: integer tensors of one shape, 0 to num_classes - 1, mask also void
     (255). Returns int64 (C, C) on their device, rows ground truth, columns prediction.
     Sum the matrices of a whole split, then score: a mean of per-batch scores depends on
-    the batch size. Raises ValueError for other shapes and labels.
+    the batch size. Raises ValueError for other shapes, types and labels.
     """
-    if pred.shape != mask.shape:
-        raise ValueError(f"pred {tuple(pred.shape)} and mask {tuple(mask.shape)} differ in shape")
+    if pred.shape != mask.shape or pred.is_floating_point() or mask.is_floating_point():
+        kinds = ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in (pred, mask))
+        raise ValueError(f"pred and mask should be integers of one shape, and are {kinds}")
     labels = torch.stack([mask, pred]).int()
     if pred.device.type == "mps":  # where bincount is slow, and in some versions fails
         labels = labels.cpu()
     void = labels[0] == 255
     labels = labels.masked_fill(void, 0)
-    if not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(f"a label is outside the {num_classes} classes")
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        raise ValueError(f"the label {labels[wrong][0]} is outside the {num_classes} classes")
     # A pair (true class t, predicted class p) is counted as C * t + p. Void is counted
     # last, and left out: to pick all other pixels first takes several times as long.
     pairs = (num_classes * labels[0] + labels[1]).masked_fill(void, num_classes**2)
@@ -110,9 +112,12 @@ def segment(model, images, size, tta=False):
     labels, uint8 (N, height, width), and probabilities, float, of that shape too.
 
     Softmax, or by `tta` (test-time augmentation) its mean with the mirrored image's; then
-    smooth, bring to `size`, argmax. `model` must be in eval mode. evaluate.py and
-    predict.py both label pixels by this function.
+    smooth, bring to `size`, argmax. evaluate.py and predict.py both label pixels by this
+    function. What it returns takes no part in a gradient (torch.inference_mode). Raises
+    ValueError for a model in training mode.
     """
+    if model.training:  # batch norms would go by this batch, and learn from it
+        raise ValueError("the model is in training mode; call model.eval() first")
     probabilities = model(images).float().softmax(1)
     if tta:
         mirrored = model(images.flip(-1)).float().softmax(1).flip(-1)
@@ -147,7 +152,7 @@ INITIALIZERS = {
 
 
 def initialize(model, scheme):
-    """Set all weights of convolutions and linear layers by PyTorch's initialiser of that name.
+    """Set the weights of 2d convolutions and linear layers by PyTorch's initialiser of that name.
 
     `kaiming`: normal, deviation sqrt(2 / n_in) (He et al. 2015, Delving Deep; the paper's
     eq. 3, corrected). `xavier_uniform`: uniform within +- sqrt(6 / (n_in + n_out)) (Glorot
@@ -184,7 +189,7 @@ def select_device(name="auto"):
 
 
 def to_device(model, device):
-    """Move a network to the device, in the memory layout in which its convolutions are fast; return it.
+    """Move a network to a torch.device, in the layout in which convolutions are fast; return it.
 
     Activations follow. Channels last: on an Intel CPU a forward pass takes 0.5 to 0.8
     of the time, a training step 0.8 to 1.1 (at commit 52f3c55), and the tensor cores of
@@ -363,15 +368,13 @@ def drawing(path, width, height, title):
     """
     if not {"matplotlib", "ipykernel"} & sys.modules.keys():  # a notebook's own plots need it
         os.environ.pop("MPLBACKEND", None)
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"text.parse_math": False}):  # a class's name may have $ in it
-        # Small, so that its letters are read at half a page's width of a report.
-        figure = Figure(figsize=(0.75 * width, 0.75 * height), layout="constrained")
-        figure.suptitle(title, wrap=True)
-        yield figure
-        figure.savefig(path, dpi=150)
+    # Small, so that its letters are read at half a page's width of a report.
+    figure = Figure(figsize=(0.75 * width, 0.75 * height), layout="constrained")
+    figure.suptitle(title, wrap=True)
+    yield figure
+    figure.savefig(path, dpi=150)
 
 
 def curves(path, histories, title):

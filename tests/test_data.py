@@ -277,9 +277,9 @@ class Halves:
     """All that scripts need of a data set: the right half of each picture is white, and a class."""
 
     def __init__(self, size):
-        self.names = ["a", "b", "c", "d"]
+        self.names = list(np.array(["a", "b", "c", "d"]))  # numpy's strings, as np.loadtxt gives
         self.classes = ["background", "white"]
-        self.palette = [[0, 0, 0], [9, 9, 9]]
+        self.palette = np.array([[0, 0, 0], [9, 9, 9]])
         self.masks = torch.zeros(4, size, size, dtype=torch.uint8)
         self.masks[:, :, size // 2 :] = 1
         self.images = self.masks[:, None].repeat(1, 3, 1, 1) * 255
@@ -294,7 +294,9 @@ def test_a_class_of_ones_own_trains_and_is_scored(monkeypatch, no_pictures, smal
     flags = ("--size", 32, "--batch-size", 2, "--epochs", 20, "--lr", 0.01, "--device", "cpu")
     call(train, "--model", "small", "--data", "halves", "--out", "run", *flags)
     call(evaluate, "run", "--out", "scores")
-    assert state_of("run/best.pt")["data"] == "halves"  # a name stays as it is
+    state = state_of("run/best.pt")
+    assert state["data"] == "halves" and state["images"]["val"] == ["a", "b", "c", "d"]
+    assert state["palette"] == [[0, 0, 0], [9, 9, 9]]
     metrics = read_scores("scores")
     assert metrics["images"] == 4 and list(metrics["iou"]) == ["background", "white"]
     assert metrics["pixel_accuracy"] > 0.9
@@ -321,6 +323,15 @@ def test_labels_that_nothing_can_be_learned_from_are_refused():
     with pytest.raises(data.DataError, match="nothing but background"):
         data.check_labels(with_masks([0] * 4), "own")
     data.check_labels(with_masks([0] * 4), "own", learns=False)  # background alone can be scored
+
+
+def test_floats_of_other_libraries_are_refused():  # torchvision's ToTensor divides masks, too
+    images, masks = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8).byte()
+    for batch in ((images / 255, masks), (images, masks / 255)):
+        with pytest.raises(TypeError, match="should be torch.uint8, 0 to 255, not torch.float32"):
+            data.augment(*batch)
+    with pytest.raises(TypeError, match="should be torch.uint8"):
+        data.normalize(images / 255)
 
 
 def painted_batch(n=8, height=96, width=96):

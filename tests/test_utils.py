@@ -46,6 +46,16 @@ def test_a_label_outside_the_classes_is_refused(pred, mask):
         utils.confusion_matrix(torch.tensor([0, pred]), torch.tensor([0, mask]), 3)
 
 
+def test_confusion_matrix_refuses_probabilities_and_other_shapes_and_counts_nothing_in_nothing():
+    mask = torch.tensor([[0, 1]])
+    for pred in (torch.tensor([[0.01, 0.99]]), torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match="integers of one shape"):
+            utils.confusion_matrix(pred, mask, 2)
+        with pytest.raises(ValueError, match="integers of one shape"):
+            utils.confusion_matrix(mask, pred, 2)
+    assert utils.confusion_matrix(mask[:0], mask[:0], 2).tolist() == [[0, 0], [0, 0]]
+
+
 def test_scores_by_hand():
     #                       pred: a  b  c  d
     cm = torch.tensor([[6, 2, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
@@ -90,6 +100,9 @@ def test_segment_gives_the_best_class_of_the_averaged_and_resized_probabilities(
     torch.manual_seed(0)
     model = nn.Conv2d(3, 6, 3, padding=1)
     images = torch.randn(2, 3, 5, 7)
+    with pytest.raises(ValueError, match="training mode"):
+        utils.segment(model, images, size, tta)
+    model.eval()
     labels, sure = utils.segment(model, images, size, tta)
     with torch.inference_mode():
         p = model(images).softmax(1)
