@@ -81,8 +81,7 @@ def make_parser():
     add = parser.add_argument_group("training").add_argument
     add("--init", choices=utils.INITIALIZERS, default="kaiming", help="how weights begin" + default)
     add("--pretrained", action=yes_or_no, default=True, help="resnet34_: begin from ImageNet's")
-    how = "start from all weights in FILE that fit: a checkpoint, ERFNet's, torchvision's"
-    add("--encoder-weights", metavar="FILE", help=how)
+    add("--encoder-weights", metavar="FILE", help="start from all weights in FILE that fit")
     how = "the encoder learns at FACTOR times the rate; 0 freezes it" + default
     add("--encoder-lr", type=utils.number(float, 0, 1), default=1.0, metavar="FACTOR", help=how)
     add("--batch-size", type=count, default=16, metavar="N", help="images in a step" + default)
@@ -124,7 +123,6 @@ def read_settings(argv):
     whole = path.name == "last.pt" and path.with_name("best.pt").exists()
     if not whole or "steps" not in stored or "optimizer" not in last:
         raise utils.UserError(f"{path}: is no last.pt beside a best.pt; give the run's folder")
-    stored = {name: value for name, value in stored.items() if name in vars(args)}
     stored["out"] = path.parent
     parser.set_defaults(**stored)  # what is not typed again stays as it was
     args = parser.parse_args(argv)
@@ -502,7 +500,7 @@ def save(run):
     checkpoint = {
         "model": run.args.model,
         "options": {},
-        # Python's values, where a data set of one's own has numpy's: torch.load reads no others.
+        # Python's values, where a data set of one's own has numpy's: torch.load takes none.
         "classes": list(map(str, run.train_set.classes)),
         "palette": [list(map(int, color)) for color in run.train_set.palette],
         "size": run.args.size,

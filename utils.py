@@ -189,7 +189,7 @@ def select_device(name="auto"):
 
 
 def to_device(model, device):
-    """Move a network to a torch.device, in the layout in which convolutions are fast; return it.
+    """Move a network to a torch.device, in the layout that is fast there; return it.
 
     Activations follow. Channels last: on an Intel CPU a forward pass takes 0.5 to 0.8
     of the time, a training step 0.8 to 1.1 (at commit 52f3c55), and the tensor cores of
