@@ -470,7 +470,7 @@ def test_class_weights_by_hand():
     expected = [1 / math.log(1.02 + share) for share in (0.5, 0.4, 0.1, 0.0)]
     assert torch.allclose(enet, torch.tensor(expected))
     mild = data.class_weights(TwoMasks(), "mild")
-    expected = [1 / math.sqrt(math.sqrt(share)) for share in (0.5, 0.4, 0.1, 1.0)]
+    expected = [math.exp(-0.15 * math.log(share)) for share in (0.5, 0.4, 0.1, 1.0)]
     assert torch.allclose(mild, torch.tensor(expected))
 
 
