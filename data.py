@@ -92,12 +92,12 @@ def say(line):
 class SegmentationSet(Dataset):
     """What every data set here has. For one of your own write a class with these:
 
-    images    uint8 (N, 3, S, S), red, green, blue, 0 to 255; S is `load_dataset`'s size
-    masks     uint8 (N, S, S), class indices, or 255 (void) for pixels that do not count
+    images    torch.uint8 (N, 3, S, S), red, green, blue, 0 to 255; S is `load_dataset`'s size
+    masks     torch.uint8 (N, S, S), class indices, or 255 (void) for pixels that do not count
     names     N different strings
     classes   the classes' names, in the order of their indices; 0 is the background
     palette   a colour [red, green, blue], 0 to 255, for each class: those of mask files
-    full_mask(i)   the i-th mask at its photograph's own resolution, uint8 (H, W)
+    full_mask(i)   the i-th mask at its photograph's own resolution, torch.uint8 (H, W)
 
     Then add its name to `NAMES` and a line to `load_dataset`.
     """
@@ -513,7 +513,7 @@ def random_matrices(n, mode, aspect, device):
         zoom = torch.exp2(uniform(math.log2(0.8), math.log2(2.6)))
         stretch = torch.exp2(uniform(-math.log2(1.2), math.log2(1.2)))
         shear = uniform(-0.1, 0.1)
-        # The picture is 2 wide, the part shown 2 / zoom. It may go 0.25 past the edge.
+        # The picture is 2 wide, the part shown 2 / zoom. Zoomed in, it may go 0.25 past the edge.
         reach = (1 - 1 / zoom).abs() + 0.25
         shift_x, shift_y = uniform(-1, 1) * reach, uniform(-1, 1) * reach
     elif mode != "flip":

@@ -97,7 +97,8 @@ def load_split(path, checkpoint, about, args):
 def score(model, dataset, device, tta=False, void_as_background=False):
     """Return (confusion matrix of the whole split, the mIoU of each image, a list).
 
-    One image at a time, as in predict.py: its masks score exactly what is reported here.
+    One image at a time, as in predict.py, whose masks score exactly what is reported here
+    (but for void_as_background).
     """
     num_classes = len(dataset.classes)
     cm, each = torch.zeros(num_classes, num_classes, dtype=torch.int64), []
@@ -223,7 +224,7 @@ def draw_examples(path, each, model, dataset, args, device, title):
 def draw_confusion_matrix(path, cm, classes, title):
     """Draw a confusion matrix (C, C), each row as shares of the true class's pixels."""
     shares = (100 * cm.double() / cm.sum(1, keepdim=True)).numpy()  # NaN, left blank, without any
-    side = 3 + 0.42 * len(classes)
+    side = max(4.7, 2.2 + 0.32 * len(classes))
     title += "\n% of each true class's pixels (rows add up to 100)"
     names = utils.shown_names(tuple(classes))
     with utils.drawing(path, side, side, title) as figure:
@@ -248,7 +249,7 @@ def read_log(path):
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         utils.best_row(rows)
     except (KeyError, TypeError, ValueError) as error:
-        raise utils.UserError(f"{path}: is not a log of train.py with an epoch in it") from error
+        raise utils.UserError(f"{path}: is no log of train.py with a row; move it away") from error
     return rows
 
 

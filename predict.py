@@ -173,10 +173,10 @@ def main(argv=None):
     args = parse_args(argv)
     network, checkpoint = find_network(args.checkpoint)
     device = utils.select_device(args.device)
-    model = utils.to_device(models.from_checkpoint(checkpoint), device)
     classes, size = checkpoint["classes"], args.size or checkpoint["size"]
     print(f"network: {network}: {checkpoint['model']} with {len(classes)} classes, ", end="")
     print(f"{', '.join(classes[:6])}{', ...' * (len(classes) > 6)}; --checkpoint takes another")
+    model = utils.to_device(models.from_checkpoint(checkpoint), device)
     paths = find_images(args.images)
     names = output_names(paths)
     out = output_folder(args.out, names)
@@ -207,8 +207,8 @@ def main(argv=None):
         bare += certainty is None
     if bare:
         score = checkpoint["metrics"].get("val_mean_iou", float("nan"))
-        print(f"{bare} of {len(paths)} masks are nothing but {classes[0]}: right if that is all;")
-        print(f"in validation this network scored {score:.3f} mIoU, of 1")
+        print(f"{bare} of {len(paths) - failed} masks are nothing but {classes[0]}:")
+        print(f"right if that is all; in validation this network scored {score:.3f} mIoU, of 1")
     if failed < len(paths):
         print(f"masks and overlays are in {out}")
     elif not args.out:

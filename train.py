@@ -360,8 +360,8 @@ def update_average(run, steps):
     """Move the averaged weights, and batch norms' statistics, a little towards the latest.
 
     average = decay * average + (1 - decay) * latest  is a mean over about the last
-    1 / (1 - decay) steps, 100 of them for 0.99. In the first thousand steps decay is
-    smaller: the random start is soon forgotten.
+    1 / (1 - decay) steps, 100 of them for 0.99. At first decay is smaller: the random
+    start is soon forgotten.
     """
     decay = min(run.args.ema, steps / (steps + 10))
     # PyTorch's helper does this for all tensors at once, in place.
@@ -655,7 +655,7 @@ def main(argv=None):
                 f"{len(run.val_set.names)} to validate on, {len(both)} of them on both lists, "
                 f"{len(run.val_set.classes)} classes\n"
                 f"{args.model}: {parameters:,} parameters on {processes} x {device} in {run.precision}\n"
-                f"run in {args.out}, saved at each validation: --resume goes on",
+                f"run in {args.out}; after a break --resume {args.out} goes on",
                 flush=True,
             )
             if rank == 0:

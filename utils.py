@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import glob
 import io
 import itertools
@@ -12,7 +11,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -185,7 +184,7 @@ def select_device(name="auto"):
             torch.cuda.set_device(device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UserError(f"--device {name} cannot be used here ({str(error)[:90]}); try auto or cpu")
+        raise UserError(f"--device {name} cannot be used here ({str(error)[:90]}); try cpu")
 
 
 def to_device(model, device):
@@ -345,7 +344,7 @@ def load_font(size):
         return ImageFont.load_default(size)
 
 
-@functools.cache
+@cache
 def shown_names(classes):
     """Return the names of classes, a tuple, as pictures show them: by number where letters lack."""
     font, names = load_font(20), list(classes)
@@ -362,41 +361,43 @@ def shown_names(classes):
 def drawing(path, width, height, title):
     """Give an empty matplotlib figure, of so many inches, with a title; write it to `path` at the end.
 
+    Letters have 10 points whatever the size: of a figure 9 inches wide they are still
+    read at half a page's width of a report.
     matplotlib is imported here, since predict.py needs none of it. An MPLBACKEND
     inherited from a notebook may name what is not installed, which would end that
     import; a Figure needs no backend.
     """
     if not {"matplotlib", "ipykernel"} & sys.modules.keys():  # a notebook's own plots need it
         os.environ.pop("MPLBACKEND", None)
-    from matplotlib.figure import Figure
+    from matplotlib import figure, rc_context
 
-    # Small, so that its letters are read at half a page's width of a report.
-    figure = Figure(figsize=(0.75 * width, 0.75 * height), layout="constrained")
-    figure.suptitle(title, wrap=True)
-    yield figure
-    figure.savefig(path, dpi=150)
+    with rc_context({"text.parse_math": False}):  # $ in a name is no formula
+        page = figure.Figure(figsize=(width, height), layout="constrained")
+        page.suptitle(title, wrap=True)
+        yield page
+        page.savefig(path, dpi=150)
 
 
 def curves(path, histories, title):
     """Draw the losses and validation scores of runs over the epochs, each run in its own colour.
 
-    histories: {name: the rows of the run's log.csv}. The best epoch of each run has a
-    dot.
+    histories: {name: the rows of the run's log.csv}. A dot marks the epoch with the best
+    mean IoU.
     """
     panels = (
-        ("loss (dotted: in training)", {"val_loss": "-", "train_loss": ":"}),
+        ("loss (dotted: in training)", {"train_loss": ":", "val_loss": "-"}),
         ("mean IoU, validation", {"val_mean_iou": "-"}),
         ("pixel accuracy, validation", {"val_pixel_accuracy": "-"}),
     )
-    with drawing(path, 12, 4.2 + 0.25 * len(histories), title) as figure:
+    with drawing(path, 9, 3.15 + 0.19 * len(histories), title) as figure:
         for axes, (label, columns) in zip(figure.subplots(1, len(panels)), panels):
             for (name, rows), color in zip(histories.items(), itertools.cycle(LINES)):
                 epochs, best = [row["epoch"] for row in rows], best_row(rows)
                 name = f"{name}: best {best['val_mean_iou']:.4f}"
                 for column, style in columns.items():
                     axes.plot(epochs, [row[column] for row in rows], style, color=color, label=name)
-                if len(columns) == 1:
-                    axes.plot(best["epoch"], best[column], "o", color=color)
+                # After the loop `column` is the last one, that of validation.
+                axes.plot(best["epoch"], best[column], "o", color=color)
             axes.set(title=label, xlabel="epoch")
             axes.grid(alpha=0.3)
         if len(histories) > 1:
@@ -413,16 +414,17 @@ def samples(path, images, rows, classes, title, captions=()):
     present = torch.stack(list(rows.values())).unique().tolist()
     colors, names = vivid_colors(len(classes)), [*shown_names(tuple(classes))]
     names = [names[c] if c < len(classes) else "void" for c in present]
-    width = max(6.3, 2.1 * len(images))
-    columns = max(1, int(width / (0.6 + 0.09 * max(map(len, names)))))  # inches of an entry
-    height = 2.1 * (1 + len(rows)) + 0.7 + 0.22 * math.ceil(len(names) / columns)
+    width = max(4.7, 1.6 * len(images))
+    # An entry of the legend takes 0.67 inches, and 0.09 for each letter.
+    columns = max(1, int(width / (0.67 + 0.09 * max(map(len, names)))))
+    height = 1.6 * (1 + len(rows)) + 0.5 + 0.2 * math.ceil(len(names) / columns)
     with drawing(path, width, height, title) as figure:
         from matplotlib.patches import Patch
 
         grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
         for axes, caption in zip(grid[0], captions):
             # A file's name may have bytes that are no letters, which matplotlib refuses.
-            axes.set_title(caption.encode(errors="replace").decode(), fontsize=10)
+            axes.set_title(caption.encode(errors="replace").decode(), fontsize=7.5)
         pictures = [images.permute(0, 2, 3, 1).numpy()]
         pictures += [[colorize(mask, colors) for mask in masks] for masks in rows.values()]
         for line, name, shown in zip(grid, ["image", *rows], pictures):
@@ -444,7 +446,7 @@ def cli(main, *user_errors):
     UserError, OSError, the further exception classes given, and a lack of memory or of
     a compiler end the process with status 2, as argparse's own errors do, Ctrl-C with
     130, without a word. All others are bugs: they keep their traceback. In
-    `python -X dev` those that the user can mend have it, too.
+    `python -X dev` UserError, OSError and the classes given have it, too.
     """
     for stream in (sys.stdout, sys.stderr):  # a file on Windows may know few letters
         if hasattr(stream, "reconfigure"):
@@ -455,12 +457,13 @@ def cli(main, *user_errors):
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = " ".join(str(error).split())
+        mendable = isinstance(error, (UserError, OSError, *user_errors))  # and says how
         # GPUs' (Apple's raise a plain RuntimeError), and a CPU's: DefaultCPUAllocator.
-        if "out of memory" in message or "CPUAllocator" in message:
-            message = f"{message[:150]}; try a smaller --batch-size or --size"
+        if not mendable and ("out of memory" in message or "CPUAllocator" in message):
+            message = f"{message[:150]}; try a smaller --size or, to train, --batch-size"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             message = f"{message[:150]}; --no-compile does without a compiler"
-        elif sys.flags.dev_mode or not isinstance(error, (UserError, OSError, *user_errors)):
+        elif sys.flags.dev_mode or not mendable:
             raise
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)

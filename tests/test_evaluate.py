@@ -321,11 +321,11 @@ def test_all_checkpoints_are_checked_before_the_first_is_scored(own):
 def test_names_and_logs_are_checked_before_anything_is_scored(own):
     write_run("two/best.pt", own)
     Path("two/log.csv").write_text(LOG[: len(LOG) - 5])
-    with pytest.raises(utils.UserError, match="two/log.csv: is not a log of train.py"):
+    with pytest.raises(utils.UserError, match="two/log.csv: is no log of train.py"):
         call(evaluate, "run", "two")
     for text in ("a,b\nc,d\n", "a,b\n1,2\n", "epoch,val_mean_iou\n"):
         Path("log.csv").write_text(text)
-        with pytest.raises(utils.UserError, match="log.csv: is not a log of"):
+        with pytest.raises(utils.UserError, match="log.csv: is no log of"):
             evaluate.read_log("log.csv")
     with pytest.raises(utils.UserError, match="three/best.pt: does not exist"):
         call(evaluate, "run", "three/best.pt")
@@ -402,6 +402,10 @@ def test_the_drawn_confusion_matrix_has_each_classes_shares(monkeypatch):
     assert "predicted" in axes.get_xlabel() and "true" in axes.get_ylabel()
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["nothing", "cat", "class 2"]
+    # Of two classes with long names it is still large enough to read: an inch and more.
+    evaluate.draw_confusion_matrix("b.png", cm[:2, :2], ["background", "cracked pavement"], "title")
+    figures[1].draw_without_rendering()
+    assert figures[1].axes[0].get_window_extent().width > figures[1].dpi
 
 
 def test_results_trains_what_is_missing_and_makes_its_table_of_the_scores(voc, monkeypatch, capsys):

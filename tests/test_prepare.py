@@ -565,6 +565,7 @@ def test_white(tmp_path, capsys):
     for name, (image, _, _) in PICTURES.items():
         gray = np.asarray(image.convert("L")).astype(np.uint16) * 16
         put(tmp_path / f"in/{name}.png", gray)
+    put(tmp_path / "in/readme.txt", "scans of 2026")
     assert prepare.main([str(tmp_path / "in"), str(tmp_path / "none")]) == 2
     for flags in ("--white=-1", "--white=inf", "--white=0", "--size=0"):
         with pytest.raises(SystemExit):
@@ -576,6 +577,14 @@ def test_white(tmp_path, capsys):
     for name, (image, _, _) in PICTURES.items():
         made = data.load_image(tmp_path / f"new/{name}.png").convert("L")
         assert np.abs(np.asarray(made, int) - np.asarray(image.convert("L"), int)).max() <= 1
+    # Outlines beside such images are masks, as everywhere.
+    shape = {"label": "box", "points": [[0, 0], [9, 9]], "shape_type": "rectangle"}
+    for name in "cd":
+        entry = {"imagePath": f"{name}.png", "imageData": None, "shapes": [shape]}
+        put(tmp_path / f"in/{name}.json", entry)
+    assert prepare.main([str(tmp_path / "in"), str(tmp_path / "out"), "--white", "4080"]) == 0
+    assert np.asarray(Image.open(tmp_path / "out/masks/c.png"))[:9, :9].all()
+    assert np.asarray(Image.open(tmp_path / "out/images/c.png")).dtype == np.uint8
 
 
 def test_images_and_masks_side_by_side_some_with_several_masks(tmp_path, capsys):

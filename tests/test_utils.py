@@ -1,6 +1,7 @@
 """utils.py against plain loops, hand-made masks and PyTorch's own modules."""
 
 import io
+import itertools
 import math
 import os
 from pathlib import Path
@@ -222,7 +223,7 @@ def test_the_drawn_curves_are_the_logs_numbers(figures):
     utils.curves("a.png", {"one": ROWS, "_two": ROWS[:2]}, "title")
     loss, iou, accuracy = figures[0].axes
     lines = [list(line.get_ydata()) for line in loss.lines]
-    assert lines[:2] == [[4, 2, 4 / 3], [3, 1.5, 1]]
+    assert lines[:3] == [[3, 1.5, 1], [4, 2, 4 / 3], [2]]  # training, validation, its dot
     assert list(iou.lines[0].get_ydata()) == [0.1, 0.3, 0.2]
     dot = iou.lines[1]
     assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([2], [0.3])
@@ -236,7 +237,8 @@ def test_samples_are_the_images_and_their_masks_in_the_classes_colours(figures):
     images = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).byte()
     truth = torch.tensor([0, 1, 1, 255], dtype=torch.uint8).view(1, 2, 2).repeat(2, 2, 2)
     rows = {"truth": truth, "prediction": torch.zeros_like(truth)}
-    utils.samples("a.png", images, rows, ["_a", "b", "c"], "title", ["one", "caf\udce9"])
+    classes = ["_a", "$b^$", "c"]  # as a formula the second would be refused
+    utils.samples("a.png", images, rows, classes, "title", ["one", "caf\udce9"])
     axes = np.array(figures[0].axes).reshape(3, 2)
     shown = [[np.asarray(one.get_images()[0].get_array()) for one in row] for row in axes]
     assert np.array_equal(shown[0][1], images[1].permute(1, 2, 0))
@@ -245,7 +247,20 @@ def test_samples_are_the_images_and_their_masks_in_the_classes_colours(figures):
     assert (shown[2][1] == colors[0]).all()
     assert [one.get_title() for one in axes[0]] == ["one", "caf?"]
     assert [row[0].get_ylabel() for row in axes] == ["image", "truth", "prediction"]
-    assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["_a", "b", "void"]
+    assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["_a", "$b^$", "void"]
+
+
+@pytest.mark.parametrize("names", (["c0", "c1"], [f"class_{i}" for i in range(40)]))
+def test_legend_and_captions_stay_within_the_page(figures, names):
+    masks = torch.arange(6 * 8 * 8).view(6, 8, 8).remainder(len(names)).byte()
+    images, rows = masks[:, None].repeat(1, 3, 1, 1), {"truth": masks}
+    utils.samples("a.png", images, rows, names, "title", ["0001TP_006690: 0.624"] * 6)
+    figures[0].draw_without_rendering()  # at its own resolution again, not the file's
+    page = figures[0].bbox
+    box = figures[0].legends[0].get_window_extent()
+    assert box.x0 >= page.x0 and box.x1 <= page.x1
+    captions = [axes.title.get_window_extent() for axes in figures[0].axes[:6]]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(captions))
 
 
 def failing(error):
@@ -260,9 +275,13 @@ def failing(error):
     [
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried " + 300 * "x"),
-            "--batch-size or --size",
+            "smaller --size or, to train, --batch-size",
         ),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), "--batch-size or --size"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), "--size or, to train"),
+        (
+            utils.UserError("x: DefaultCPUAllocator: can't; give less"),
+            "error: x: DefaultCPUAllocator: can't; give less",
+        ),
         (InvalidCxxCompiler(), "--no-compile does without a compiler"),
         (utils.UserError("x.pt: mend\nit"), "error: x.pt: mend it"),
         (FileExistsError(17, "File exists", "x"), "File exists: 'x'"),

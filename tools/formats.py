@@ -212,7 +212,7 @@ def divide(folder):
     for path in folder.pictures:
         groups.setdefault(describe(folder, path)[0], set()).add(path)
     images = {path for path in groups.get("image") or groups.get("", ()) if path.suffix != ".npy"}
-    groups = {rank: groups[rank] for rank in range(len(MASK_WORDS)) if rank in groups}
+    groups = {rank: groups[rank] for rank in range(len(MASK_WORDS.split())) if rank in groups}
     if not groups:  # side by side: a.jpg and a_mask.png, or a.jpg and a.png
         marked = rf".*[-_. ]{MASK_END}\.\w+"
         masks = {path for path in images if re.fullmatch(marked, path.name, re.IGNORECASE)}

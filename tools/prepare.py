@@ -462,7 +462,9 @@ def run(args):
         errors = look_over(root, args.size, decode=True)
     else:
         folder = Folder(root)
-        export = open_export(folder, args.void) if not args.white or divide(folder)[1] else None
+        outlines = [p for p in folder.named(r".*\.txt") if normal(p.stem) in folder.index]  # YOLO's
+        labelled = divide(folder)[1] or outlines or folder.named(r".*\.json")
+        export = open_export(folder, args.void) if labelled or not args.white else None
         if new:
             new.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=new and new.parent) as place:
