@@ -1,5 +1,6 @@
 """data.py against torchvision's loader, PIL and figures worked out by hand."""
 
+import colorsys
 import hashlib
 import math
 import struct
@@ -365,6 +366,9 @@ def test_augmented_images_stay_painted_with_their_labels(mode, height, width, si
     assert new_masks.shape == (len(masks), size or height, size or width)
     assert new_images.shape[-2:] == new_masks.shape[-2:] and not torch.equal(new_masks, masks)
     assert share_of_wrong_paint(new_images, new_masks) == 0
+    # Turned images are blended at the seams between classes, masks are not.
+    greys = new_images.permute(0, 2, 3, 1)[new_masks != data.VOID]
+    assert (greys % 12 != 0).any() == (mode == "affine")
     # The same check sees an image that lies five pixels beside its mask.
     misaligned = data.augment(images.roll(5, -1), masks, mode, size)
     assert share_of_wrong_paint(*misaligned) > 0.05
@@ -380,6 +384,14 @@ def test_colors_change_by_what_is_said():
     assert 0.7 * 0.85 <= shares.min() < 0.75 and 1.25 < shares.max() <= 1.3 * 1.15
     spread = data.jitter_colors(images).std((1, 2, 3)) / images.std((1, 2, 3))
     assert spread.min() < 0.6 and spread.max() > 1.4
+    channels = data.jitter_colors(gray)[:, :, 0, 0]
+    assert (channels[:, 0] / channels[:, 1]).max() > 1.15  # tint alone makes grey coloured
+    # How colourful a plain red is: contrast alone stays within 0.7 and 1.3.
+    red = torch.zeros(500, 3, 8, 8)
+    red[:, 0] = 100
+    channels = data.jitter_colors(red)[:, :, 0, 0]
+    chroma = (channels[:, 0] - channels[:, 1]) / channels.sum(1)
+    assert 0.7**2 <= chroma.min() < 0.65 and 1.35 < chroma.max() <= 1.3**2
 
 
 def test_flip_is_exact_and_differs_between_samples():
@@ -407,8 +419,15 @@ def test_affine_fills_with_void_and_the_mean_color(monkeypatch):
     outside = masks == data.VOID
     deep = torch.nn.functional.max_pool2d((~outside).float()[:, None], 5, 1, 2)[:, 0] == 0
     colors = images.permute(0, 2, 3, 1)[deep].float()
-    assert torch.allclose(colors, 255 * torch.tensor(data.MEAN), atol=0.51)
+    assert len(colors) and torch.allclose(colors, 255 * torch.tensor(data.MEAN), atol=0.51)
     assert len({mask.numpy().tobytes() for mask in masks}) > 40
+    # What becomes too bright stays white: a byte would go on from 0.
+    monkeypatch.setattr(data, "jitter_colors", lambda images: images * 1.3)
+    images, masks = data.augment(white, torch.ones(64, 60, 90, dtype=torch.uint8))
+    # Away from the picture's edges, which may lie just outside, too.
+    void = torch.nn.functional.pad(masks == data.VOID, (4, 4, 4, 4), value=True).float()
+    inside = torch.nn.functional.max_pool2d(void[:, None], 9, 1)[:, 0] == 0
+    assert inside.any() and (images.permute(0, 2, 3, 1)[inside] == 255).all()
 
 
 def test_affine_turns_shears_stretches_and_zooms_by_what_is_said_in_pixels():
@@ -478,6 +497,13 @@ def test_shapes_are_drawn_at_one_size_and_resized():
     """Drawing pictures of 448 pixels would take minutes."""
     large, small = data.Shapes("val", 96), data.Shapes("val", 40)
     assert len(large.masks.unique()) == len(large.classes) == 5
+    for label in range(1, 5):  # a quarter of the circle of hues from class to class
+        pixels = large.images.permute(0, 2, 3, 1)[large.masks == label].double()
+        hue = colorsys.rgb_to_hsv(*pixels.median(0).values.tolist())[0]
+        assert abs((hue - label / 4 + 0.5) % 1 - 0.5) < 0.07
+    train, test = data.Shapes("train", 40), data.Shapes("test", 40)
+    pictures = torch.cat([train.images, small.images, test.images])
+    assert len({image.numpy().tobytes() for image in pictures}) == 600 + 100 + 100
     assert large.images.shape == (100, 3, 96, 96)
     for index in (0, 57):
         image = Image.fromarray(large.images[index].permute(1, 2, 0).numpy())

@@ -366,9 +366,10 @@ def drawn(colors, monkeypatch):
 
 
 def test_the_comparisons_figures_show_the_scores_and_the_images_asked_for(drawn, own):
-    write_run("two/best.pt", own)
+    write_run("two/best.pt", own, size=64)
     Path("two/log.csv").write_text(LOG)
     call(evaluate, "run", "two")
+    assert [*dict.fromkeys(Colors.sizes)] == [(32, 32), (64, 64)]  # each as it was trained
     path, _, rows, classes, _, captions = drawn["samples"]
     assert path == Path("comparison/comparison.png") and list(captions) == list(VAL)
     assert list(rows) == ["truth", "run\nmIoU 0.5000", "two\nmIoU 0.5000"]

@@ -57,8 +57,22 @@ def test_output_lies_above_its_input(name):
 
 
 def test_the_fcns_layers_are_in_the_papers_order():
-    for layer in models.build_model("fcn").encoder:
+    model = models.build_model("fcn")
+    for layer in model.encoder:
         assert [type(part) for part in layer] == [nn.Conv2d, nn.ReLU, nn.BatchNorm2d]
+    for layer in model.decoder[:5]:
+        assert [type(part) for part in layer] == [nn.ConvTranspose2d, nn.ReLU, nn.BatchNorm2d]
+
+
+def test_unet_convolves_twice_and_joins_what_it_skipped():
+    with torch.device("meta"):
+        model = models.build_model("unet")
+    for double in [*model.encoder.convs, *model.decoder.convs]:
+        assert [type(part) for part in double] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU] * 2
+    skip = torch.tensor([[[[-1.0, 2.0, 3.0]]]])
+    deeper = torch.tensor([[[[-4.0, 5.0, -6.0, 7.0], [8.0, 8.0, 8.0, 8.0]]]])
+    joined = model.decoder.join(skip, deeper)
+    assert joined.tolist() == [[[[-1.0, 2.0, 3.0]], [[0.0, 5.0, 0.0]]]]
 
 
 def test_darrennet_has_erfnets_dilations_and_dropouts():

@@ -105,6 +105,9 @@ def test_resume_needs_no_flags_and_ends_with_the_same_weights(tmp_path, voc):
     torch.manual_seed(99)  # what the process did before must not matter
     half = state_of("runs/halves/last.pt")
     half["optimizer"]["param_groups"][0]["fused"] = False  # as on a Mac in float16
+    for state in half["optimizer"]["state"].values():  # on a GPU they lie in another order
+        state["exp_avg"] = state["exp_avg"].contiguous()
+        state["exp_avg_sq"] = state["exp_avg_sq"].contiguous()
     torch.save(half, "runs/halves/last.pt")
     call(train, "--resume", "--epochs", 3)  # the newest run
     assert same_weights("runs/whole/last.pt", "runs/halves/last.pt")
@@ -172,18 +175,41 @@ def test_a_run_is_validated_about_a_hundred_times_and_after_the_last_epoch(
     assert saved == [("best.pt", expected[0])] + [("last.pt", epoch) for epoch in expected]
 
 
+def test_validation_masks_that_are_all_void_are_refused(voc):
+    quick_train("--data", voc, epochs=1)
+    for path in voc.glob("VOCdevkit/VOC2007/SegmentationClass/val_*.png"):
+        Image.new("L", Image.open(path).size, 255).save(path)
+    said = "split val: at this --size, masks have nothing"
+    with pytest.raises(data.DataError, match=said):
+        quick_train("--data", voc, epochs=1, name="no")
+    with pytest.raises(data.DataError, match=said):
+        call(evaluate, "run", "--device", "cpu")
+    assert not Path("no").exists()
+
+
 def test_patience_counts_epochs_without_a_better_score(voc, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_one_epoch", lambda run, epoch: 1.0)
-    monkeypatch.setattr(train, "validate", lambda run: (1.0, torch.eye(21)))
+    right = iter([1, 3, 2, 2.5, 2, 2, 2])  # of ten pixels: the second epoch is the best
+
+    def validate(run):
+        cm = torch.zeros(21, 21)
+        cm[0, 0] = next(right)
+        cm[0, 1] = 10 - cm[0, 0]
+        return 1.0, cm
+
+    monkeypatch.setattr(train, "validate", validate)
     quick_train("--data", voc, "--patience", 3, epochs=50)
-    # The first is the best, since the others are equal.
-    assert [row["epoch"] for row in read_rows("run/log.csv")] == [1, 2, 3, 4]
-    assert "stopped: no better validation mIoU for 3 epochs" in capsys.readouterr().out
+    scores = [row["val_mean_iou"] for row in read_rows("run/log.csv")]
+    assert scores == pytest.approx([0.05, 0.15, 0.1, 0.125, 0.1])  # class 1 has an IoU of 0
+    assert state_of("run/best.pt")["epoch"] == 2
+    printed = capsys.readouterr().out
+    assert "stopped: no better validation mIoU for 3 epochs" in printed
+    assert "best: epoch 2, validation mIoU 0.1500, pixel accuracy 30.0%" in printed
     call(train, "--resume", "run")  # as a job that is put into the queue again
     assert "stopped: no better validation mIoU for 3 epochs" in capsys.readouterr().out
-    assert len(read_rows("run/log.csv")) == 4
+    assert len(read_rows("run/log.csv")) == 5
     call(train, "--resume", "run", "--patience", 5)
-    assert len(read_rows("run/log.csv")) == 6
+    assert len(read_rows("run/log.csv")) == 7
 
 
 def test_a_log_that_excel_holds_open_is_written_at_the_next_validation(voc, monkeypatch, capsys):
@@ -414,26 +440,27 @@ def test_a_fine_tuned_network_says_what_its_weights_had_learned_from(voc, capsys
 
 
 def test_cosine_is_pytorchs_annealing_by_the_step(voc, monkeypatch):
-    rates, weights, modes = [], [], []
+    rates, weights, modes, decays = [], [], [], set()
     augment, criterion = data.augment, train.criterion
 
     class Recording(torch.optim.AdamW):
         def step(self):
             rates.append(self.param_groups[0]["lr"])
+            decays.add(self.param_groups[0]["weight_decay"])
             super().step()
 
     monkeypatch.setattr(torch.optim, "AdamW", Recording)
-    monkeypatch.setattr(data, "augment", lambda *a: (modes.append(a[2]), augment(*a))[1])
+    monkeypatch.setattr(data, "augment", lambda *a: (modes.append(a[2:]), augment(*a))[1])
     monkeypatch.setattr(train, "criterion", lambda *a: (weights.append(a[2]), criterion(*a))[1])
     flags = ("--augment", "flip", "--class-weights", "median", "--cosine", "--lr", 0.01)
-    quick_train("--data", voc, *flags, epochs=3)
+    quick_train("--data", voc, *flags, "--weight-decay", 0.07, epochs=3)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.01)
     expected, planned = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6), []
     for _ in range(6):  # three epochs of two steps
         planned.append(expected.get_last_lr()[0])
         optimizer.step()
         expected.step()
-    assert rates == pytest.approx(planned) and modes == ["flip"] * 6
+    assert rates == pytest.approx(planned) and modes == [("flip", 32)] * 6 and decays == {0.07}
     assert [row["lr"] for row in read_rows("run/log.csv")] == pytest.approx(planned[::2])
     expected = data.class_weights(data.VOC(voc, "train", 32), "median")
     assert len(expected.unique()) > 5 and all(torch.equal(each, expected) for each in weights)
@@ -464,13 +491,23 @@ def test_the_average_is_what_is_scored_and_kept(voc):
     quick_train(*flags, name="averaged")
     last = state_of("averaged/last.pt")
     dataset = data.VOC(voc, "val", size=32)
-    labels, losses = dataset.masks.long(), []
+    labels, losses, predictions = dataset.masks.long(), [], []
     for weights in (last["state_dict"], last["trained"]):
         model = models.from_checkpoint(last | {"state_dict": weights})
         with torch.inference_mode():
             logits = model(data.normalize(dataset.images))
         losses.append(F.cross_entropy(logits, labels, ignore_index=255).item())
+        predictions.append(logits.argmax(1))
     logged = last["history"][-1]
+    # Scores by hand, over all images at once; training validates them in two batches.
+    known = labels != 255
+    truth, found = labels[known].numpy(), predictions[0][known].numpy()
+    assert logged["val_pixel_accuracy"] == pytest.approx((truth == found).mean())
+    ious = [
+        ((truth == c) & (found == c)).sum() / ((truth == c) | (found == c)).sum()
+        for c in np.union1d(truth, found)
+    ]
+    assert logged["val_mean_iou"] == pytest.approx(np.mean(ious)) and len(ious) > 2
     assert logged["val_loss"] == pytest.approx(losses[0], rel=1e-5)
     assert logged["val_loss"] != pytest.approx(losses[1], rel=1e-4)
     quick_train(*flags, "--ema", 0, name="plain")
@@ -511,10 +548,13 @@ def test_an_epoch_is_random_by_seed_epoch_and_process_alone(voc, monkeypatch):
     flags = ["--data", str(voc), "--model", "small", "--augment", "--batch-size", "4"]
     args, _ = train.read_settings(flags)
     run, seen, augment = train.Run(args, None, torch.device("cpu")), [], data.augment
+    taken, fetch = [], data.fetch
     monkeypatch.setattr(data, "augment", lambda *a: (seen.append(torch.rand(1)), augment(*a))[1])
+    monkeypatch.setattr(data, "fetch", lambda *a: (taken.extend(a[1].tolist()), fetch(*a))[1])
 
     def drawn(epoch, rank=0, processes=1, seed=0):
         seen.clear()
+        taken.clear()
         run.rank, run.processes, args.seed = rank, processes, seed
         torch.rand(5)  # what was drawn before must not matter
         train.train_one_epoch(run, epoch)
@@ -523,6 +563,20 @@ def test_an_epoch_is_random_by_seed_epoch_and_process_alone(voc, monkeypatch):
     first = drawn(1)
     assert drawn(1) == first
     assert len({first, drawn(2), drawn(1, seed=1), drawn(1, 1, 2)}) == 4
+
+    def images(*how, **seed):
+        drawn(*how, **seed)
+        return taken.copy()
+
+    batch, parts = images(1), (images(1, 0, 2), images(1, 1, 2))
+    assert len(batch) == 4 and [len(part) for part in parts] == [2, 2]
+    assert sorted(parts[0] + parts[1]) == sorted(batch)  # each image in one process
+    assert images(1, seed=1) != batch
+    weights = {}
+    for seed in ("0", "1"):
+        args, _ = train.read_settings([*flags, "--seed", seed])
+        weights[seed] = train.Run(args, None, torch.device("cpu")).model.state_dict()
+    assert not conftest.same(weights["0"], weights["1"])
 
 
 def test_precision_is_what_was_asked_for(voc, monkeypatch, capsys):

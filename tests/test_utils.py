@@ -74,11 +74,14 @@ def test_scores_by_hand():
 @pytest.mark.parametrize("scheme", ["kaiming", "xavier_uniform", "xavier_normal"])
 def test_initial_weights_follow_the_papers_equations(scheme):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(96, 160, 3), nn.BatchNorm2d(160), nn.Linear(300, 500))
+    layers = nn.Conv2d(96, 160, 3), nn.BatchNorm2d(160), nn.Linear(300, 500)
+    model = nn.Sequential(*layers, nn.ConvTranspose2d(160, 96, 3))
     for parameter in model.parameters():
         nn.init.constant_(parameter, 7.0)
     utils.initialize(model, scheme)
-    for module, n_in, n_out in ((model[0], 96 * 9, 160 * 9), (model[2], 300, 500)):
+    # PyTorch counts a transposed convolution's connections the other way round.
+    counts = (96 * 9, 160 * 9), (300, 500), (96 * 9, 160 * 9)
+    for module, (n_in, n_out) in zip((model[0], model[2], model[3]), counts):
         weight = module.weight
         bound = math.sqrt(6) / math.sqrt(n_in + n_out)  # equation 1
         deviation = {
