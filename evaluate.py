@@ -176,7 +176,10 @@ def scores_folder(about, args):
 def evaluate(path, checkpoint, about, dataset, args, device):
     """Score one checkpoint; print its scores, write them and the figures."""
     out = args.out or scores_folder(about, args)
-    out.mkdir(parents=True, exist_ok=True)  # fails before the work where it cannot be written to
+    # Both fail before the work: no leave to write, or the table is open in Excel.
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "confusion_matrix.csv", "a"):
+        pass
     metrics, cm, each, model = score_checkpoint(path, checkpoint, about, dataset, args, device)
     write_json(out / "metrics.json", metrics)
     with open(out / "confusion_matrix.csv", "w", newline="", encoding="utf-8") as file:

@@ -331,12 +331,12 @@ def build_model(name, num_classes=21, **options):
 def from_checkpoint(checkpoint):
     """Return a checkpoint's network, with its weights, in eval mode, on the CPU.
 
-    `checkpoint` needs the keys `model`, `options`, `classes` and `state_dict`. Raises
-    ModelError where they do not belong together.
+    `checkpoint` needs the keys `model`, `classes` and `state_dict`. Raises ModelError where
+    they do not belong together.
     """
     name, num_classes = checkpoint["model"], len(checkpoint["classes"])
     try:
-        model = build_model(name, num_classes, **checkpoint["options"])
+        model = build_model(name, num_classes)
         model.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError) as error:
         said = f"the weights do not fit {name} as models.py has it now; train anew"

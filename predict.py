@@ -12,6 +12,7 @@ be read, 2 where none can or a path does not exist.
 """
 
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -86,11 +87,15 @@ def images_in(folder):
 
 def output_names(paths):
     """Return a name for each image's outputs: its stem, numbered where another had it before."""
-    names, candidates = {}, {}  # by lower case, since to some file systems a and A are the same
+
+    def key(name):  # to some file systems a and A are the same, and both ways to write an accent
+        return unicodedata.normalize("NFC", name).lower()
+
+    names, candidates = {}, {}
     for path in paths:
-        numbered = candidates.setdefault(path.stem.lower(), utils.numbered(Path(path.stem)))
-        name = next(each.name for each in numbered if each.name.lower() not in names)
-        names[name.lower()] = name
+        numbered = candidates.setdefault(key(path.stem), utils.numbered(Path(path.stem)))
+        name = next(each.name for each in numbered if key(each.name) not in names)
+        names[key(name)] = name
     return list(names.values())
 
 

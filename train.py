@@ -499,7 +499,6 @@ def save(run):
     """Write last.pt and log.csv; best.pt too where this validation is the best so far."""
     checkpoint = {
         "model": run.args.model,
-        "options": {},
         # Python's values, where a data set of one's own has numpy's: torch.load takes none.
         "classes": list(map(str, run.train_set.classes)),
         "palette": [list(map(int, color)) for color in run.train_set.palette],
@@ -546,13 +545,13 @@ def finish(run):
     rows = {"truth": masks, "prediction": labels}
     title = f"{args.model}, epoch {best['epoch']}, split {args.val_split}, {args.size}x{args.size}"
     utils.samples(out / "samples.png", images, rows, val_set.classes, title)
-    path = shlex.quote((out / "best.pt").as_posix())  # Windows takes slashes, too
+    # For any shell: Windows takes slashes, too, but no single quotes.
     print(
         f"best: epoch {best['epoch']}, validation mIoU {best['val_mean_iou']:.4f}, "
         f"pixel accuracy {best['val_pixel_accuracy']:.1%}\n"
         f"look at    {out / 'curves.png'} and {out / 'samples.png'}\n"
-        f"score it   python evaluate.py {path}\n"
-        f"use it     python predict.py IMAGE --checkpoint {path}"
+        f'score it   python evaluate.py "{out.as_posix()}/best.pt"\n'
+        f'use it     python predict.py IMAGE --checkpoint "{out.as_posix()}/best.pt"'
     )
 
 
@@ -655,7 +654,7 @@ def main(argv=None):
                 f"{len(run.val_set.names)} to validate on, {len(both)} of them on both lists, "
                 f"{len(run.val_set.classes)} classes\n"
                 f"{args.model}: {parameters:,} parameters on {processes} x {device} in {run.precision}\n"
-                f"run in {args.out}; after a break --resume {args.out} goes on",
+                f'run in {args.out}; after a break --resume "{args.out}" goes on',
                 flush=True,
             )
             if rank == 0:
@@ -665,8 +664,8 @@ def main(argv=None):
                 finish(run)
         finally:  # a run that came to no checkpoint leaves no folder
             if claimed and not (args.out / "last.pt").exists():
-                (args.out / "settings.json").unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # it holds something else
+                with contextlib.suppress(OSError):  # it holds something else, or is open
+                    (args.out / "settings.json").unlink(missing_ok=True)
                     args.out.rmdir()
 
 

@@ -206,7 +206,6 @@ def to_device(model, device):
 # learned from, and validated on), and to last.pt what resuming needs.
 KEYS = {
     "model": str,  # a name in models.MODELS
-    "options": dict,  # for its constructor; train.py writes {}
     "classes": list,
     "palette": list,
     "size": int,
@@ -237,14 +236,22 @@ def save_checkpoint(path, checkpoint):
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        # Tried again, since Windows replaces no file that another program has open.
-        for pause in (0.1, 1, 3):
-            with contextlib.suppress(PermissionError):
-                return os.replace(temporary, path)
-            time.sleep(pause)
-        os.replace(temporary, path)  # the last time with its error
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace(source, target):
+    """Rename a file or folder; what is at `target` is replaced. Raises OSError.
+
+    Tried again for some seconds, since Windows renames nothing that another program,
+    an antivirus scanner say, has open.
+    """
+    for pause in (0.1, 1, 3):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(pause)
+    return os.replace(source, target)  # the last time with its error
 
 
 def read_tensors(path):

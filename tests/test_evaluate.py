@@ -73,7 +73,6 @@ def write_run(path, root, model="colors", classes=CLASSES, seed=0, **changes):
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = {
         "model": model,
-        "options": {},
         "classes": list(classes),
         "palette": data.color_map(len(classes)),
         "size": 32,
@@ -388,6 +387,18 @@ def test_the_comparisons_figures_show_the_scores_and_the_images_asked_for(drawn,
     names = {name: ("lime", 1 if name in "bdfg" else 2) for name in "abcdefg"}
     call(evaluate, "run", "--data", write_data(Path("seven"), val=names))
     assert [caption[0] for caption in drawn["samples"][-1]] == list("bdgace")
+
+
+def test_a_table_that_excel_holds_open_is_said_before_the_work(own, monkeypatch):
+    def refused(path, *args, **kwargs):
+        if str(path).endswith("confusion_matrix.csv"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "open", refused, raising=False)
+    with pytest.raises(PermissionError, match=r"confusion_matrix\.csv"):
+        call(evaluate, "run", "--out", "scores")
+    assert Colors.sizes == [] and not Path("scores/metrics.json").exists()
 
 
 def test_the_drawn_confusion_matrix_has_each_classes_shares(monkeypatch):

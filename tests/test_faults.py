@@ -260,7 +260,6 @@ OTHER_SCRIPTS = [
     ("a checkpoint that is a folder", "evaluate.py", ("folder",), "best.pt: does not exist"),
     ("text for a checkpoint", "evaluate.py", ("notes.txt",), "notes.txt: is broken, or holds"),
     ("weights of another model", "evaluate.py", ("mixed.pt",), "weights do not fit darrennet"),
-    ("a network with other options", "evaluate.py", ("grown.pt",), "keyword argument 'depth'"),
     ("an unknown split", "evaluate.py", ("good.pt", "--split", "x"), "has no x.txt"),
     ("other classes", "evaluate.py", ("good.pt", "--data", "shapes"), "trained on 21 classes"),
     ("no checkpoint", "evaluate.py", (), "there is no runs/*/best.pt yet"),
@@ -290,7 +289,6 @@ def given(tmp_path_factory):
     (folder / "folder").mkdir()
     mixed = torch.load(folder / "good.pt", weights_only=True) | {"model": "darrennet"}
     torch.save(mixed, folder / "mixed.pt")
-    torch.save(mixed | {"options": {"depth": 5}}, folder / "grown.pt")
     shutil.copy(root / "JPEGImages" / "val_0.jpg", folder / "photo.jpg")
     return folder
 

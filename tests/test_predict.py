@@ -212,6 +212,12 @@ def test_names_of_many_files_are_found_at_once(monkeypatch):
     assert names == ["frame", *(f"frame-{i}" for i in range(2, 2001))]
 
 
+def test_names_that_a_mac_takes_for_one_are_told_apart():
+    paths = [Path("a/\u00e9.jpg"), Path("b/e\u0301.jpg"), Path("c/\u00c9.jpg")]
+    names = predict.output_names(paths)
+    assert names == ["\u00e9", "\u00e9-2", "\u00e9-3"]
+
+
 def test_a_folders_masks_and_what_is_no_image_are_left_out_and_named(capsys):
     for name in ("a.JPG", "b.jpeg", "c.jfif", "day2/d.jpg", "._a.JPG", ".hidden.png"):
         photo(f"photos/{name}", "red")

@@ -763,11 +763,11 @@ def test_refusals(tmp_path, capsys):
     for folder in ("images/a/b_c.jpg", "images/a_b/c.jpg", "masks/a/b_c.png", "masks/a_b/c.png"):
         put(same / folder, PICTURES["c"][folder[0] == "m"])
     refused(same, capsys, "would be called like")
-    blind = write_plain(tmp_path / "13/in")  # one file to a disk that ignores case
-    put(blind / "images/C.jpg", PICTURES["c"][0])
-    put(blind / "masks/C.png", PICTURES["c"][1])
-    refused(blind, capsys, "would be called like")
-    if sys.platform == "linux":  # elsewhere names are letters
+    if sys.platform == "linux":  # elsewhere case is ignored, and names are letters
+        blind = write_plain(tmp_path / "13/in")
+        put(blind / "images/C.jpg", PICTURES["c"][0])
+        put(blind / "masks/C.png", PICTURES["c"][1])
+        refused(blind, capsys, "would be called like")
         strange, name = write_plain(tmp_path / "14/in"), os.fsdecode(b"caf\xe9")
         put(strange / f"images/{name}.jpg", PICTURES["c"][0])
         put(strange / f"masks/{name}.png", PICTURES["c"][1])

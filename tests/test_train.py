@@ -52,7 +52,7 @@ def test_a_run_leaves_what_it_should(tmp_path, voc, model):
         f"{voc.resolve()}: 5 images to train on, 3 to validate on, 0 of them on both lists, 21 classes"
         in printed
     )
-    assert "best: epoch" in printed and "evaluate.py run/best.pt\n" in printed
+    assert "best: epoch" in printed and 'evaluate.py "run/best.pt"\n' in printed
     rows = read_rows("run/log.csv")
     assert list(rows[0]) == COLUMNS.split() and [row["epoch"] for row in rows] == [1, 2]
     assert rows[0]["lr"] == 2e-3 and rows[1]["lr"] == pytest.approx(1e-3)
@@ -85,7 +85,7 @@ def test_images_per_second_leave_out_those_too_few_for_a_batch(voc, monkeypatch)
 def test_a_plain_folder_trains_scores_and_is_predicted(tmp_path, monkeypatch, capsys):
     conftest.write_plain(tmp_path / "own")
     quick_train("--data", "own", epochs=1, name="my run")
-    assert "python evaluate.py 'my run/best.pt'\n" in capsys.readouterr().out
+    assert 'python evaluate.py "my run/best.pt"\n' in capsys.readouterr().out
     assert state_of("my run/best.pt")["data"] == str(tmp_path.resolve() / "own")
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")

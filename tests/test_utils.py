@@ -122,7 +122,6 @@ def test_segment_gives_the_best_class_of_the_averaged_and_resized_probabilities(
 
 CHECKPOINT = {
     "model": "fcn",
-    "options": {},
     "classes": ["background", "cat"],
     "palette": [[0, 0, 0], [128, 0, 0]],
     "size": 32,
@@ -138,6 +137,24 @@ def test_checkpoints_come_back_as_they_were():
     assert torch.equal(loaded.pop("state_dict")["weight"], torch.arange(5.0))
     assert loaded == {k: v for k, v in CHECKPOINT.items() if k != "state_dict"}
     assert os.listdir() == ["a.pt"]
+
+
+def test_a_file_that_another_program_holds_open_for_a_moment_is_replaced(monkeypatch):
+    refusals, replace = [PermissionError(13, "in use")] * 3, os.replace
+
+    def held_open(source, target):
+        if refusals:
+            raise refusals.pop()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", held_open)
+    monkeypatch.setattr(utils.time, "sleep", lambda seconds: None)
+    Path("new").mkdir()
+    utils.replace("new", "there")
+    assert os.listdir() == ["there"]
+    refusals += [PermissionError(13, "in use")] * 9
+    with pytest.raises(PermissionError):
+        utils.replace("there", "elsewhere")
 
 
 @pytest.mark.parametrize("key", CHECKPOINT)

@@ -467,11 +467,17 @@ def run(args):
         export = open_export(folder, args.void) if labelled or not args.white else None
         if new:
             new.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=new and new.parent) as place:
-            out = Path(place, root.name)
+        # Not tempfile's folder for NEW: on Windows only its owner could read what is made in it.
+        place = new.with_name(f".unfinished-{os.getpid()}") if new else Path(tempfile.mkdtemp())
+        place.mkdir(exist_ok=not new)
+        try:
+            out = place / root.name
             convert(folder, export, args.white, out, shutil.copyfile if new else os.symlink)
-            out = out.rename(new) if new else out
-            errors = look_over(out, args.size, decode=False) if export else []
+            if new:
+                utils.replace(out, new)
+            errors = look_over(new or out, args.size, decode=False) if export else []
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
         if not new:
             errors.append(f"{root}: is an export: python tools/prepare.py {args.source} NEW")
     if errors:
