@@ -545,7 +545,7 @@ def finish(run):
     rows = {"truth": masks, "prediction": labels}
     title = f"{args.model}, epoch {best['epoch']}, split {args.val_split}, {args.size}x{args.size}"
     utils.samples(out / "samples.png", images, rows, val_set.classes, title)
-    # For any shell: Windows takes slashes, too, but no single quotes.
+    # For Windows, too: its cmd takes slashes, but of quotes the double ones alone.
     print(
         f"best: epoch {best['epoch']}, validation mIoU {best['val_mean_iou']:.4f}, "
         f"pixel accuracy {best['val_pixel_accuracy']:.1%}\n"

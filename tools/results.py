@@ -133,7 +133,7 @@ def write_json(path, content):
     """Write an object to a file, whole or not at all."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    utils.replace(temporary, path)
 
 
 def read_json(path):
